@@ -4,33 +4,27 @@
 # ///
 """Vanilla policy gradient (VPG): after each batch of experience, one step uphill.
 
-A policy pi(a|s; theta) gives every action a probability. The policy gradient theorem says how its
-return J grows with theta, without a model of the environment, from samples alone:
+A policy pi(a|s; theta) gives every action a probability. How its return J grows with theta can be
+learned from samples alone; A(s, a) is how much better an action turned out than V(s) expected:
 
     gradient of J  =  mean of  A(s, a) * gradient of log pi(a|s; theta)
 
-The advantage A(s, a) says how much better action a turned out than the value V(s) expected.
+    repeat:  run the policy for a batch of steps                              (section 4)
+             estimate the advantages A from the rewards and V                 (section 5)
+             theta <- theta + Adam step along mean of A * gradient of log pi  (section 6)
+             fit V to the estimated returns                                   (section 5)
 
-    repeat until the steps are used up:
-        run the policy for a batch of steps                              (section 4)
-        estimate the advantages from the rewards and V                   (section 5)
-        theta <- theta + Adam step along mean of A * gradient of log pi  (section 7)
-        fit V to the estimated returns                                   (section 6)
+How far a step moves the policy is not known beforehand; the column kl shows it afterwards.
 
-How far such a step moves the policy, nobody knows beforehand: the column kl shows it afterwards.
-
-Run:    python vpg.py        Options:    python vpg.py --help
-Papers: Sutton, McAllester, Singh & Mansour 2000; Sutton & Barto 2018, chapter 13.
+Run:  python vpg.py    Options:  python vpg.py --help    Sutton & Barto 2018, chapter 13.
 """
 
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # layers this small run faster on one thread
-os.environ.setdefault("VECLIB_MAXIMUM_THREADS", "1")  # the same for NumPy on macOS
-import argparse
 import sys
 import time
-from collections import deque
+from argparse import ArgumentParser, BooleanOptionalAction
 from dataclasses import dataclass, field, fields
 
 import gymnasium as gym
@@ -38,8 +32,7 @@ import numpy as np
 
 
 # --- 1. Settings ----------------------------------------------------------------------------------
-def option(default, meaning, low=None, high=None):
-    """A setting: its default, what it means, the lowest and the highest value allowed."""
+def option(default, meaning, low=None, high=float("inf")):
     return field(default=default, metadata={"meaning": meaning, "low": low, "high": high})
 
 
@@ -47,27 +40,24 @@ def option(default, meaning, low=None, high=None):
 class Settings:
     """Everything that can be chosen. Raises ValueError for a value that is out of range."""
 
-    env: str = option("CartPole-v1", "Gymnasium environment: vectors observed, discrete actions")
-    seed: int = option(0, "seed of all random numbers", 0, 2**63)
-    steps: int = option(150_000, "environment steps in all", 1, 10**12)
-    num_envs: int = option(16, "environments that run side by side", 1, 10**6)
-    horizon: int = option(64, "calls of each environment per batch", 2, 10**9)
+    env: str = option("CartPole-v1", "Gymnasium environment: Box observations, Discrete actions")
+    seed: int = option(0, "seed of all random numbers", 0)
+    steps: int = option(150_000, "environment steps in all", 1)
+    num_envs: int = option(8, "environments that run side by side", 1)
+    horizon: int = option(160, "calls of each environment per batch", 2)
     gamma: float = option(0.98, "discount factor", 0, 1)
-    gae_lambda: float = option(
-        0.99, "GAE: 0 trusts the value function, 1 the sampled returns", 0, 1
-    )
-    hidden: int = option(64, "units in each of the two hidden layers", 1, 10**5)
+    gae_lambda: float = option(0.99, "GAE: 0 trusts the value function, 1 the returns", 0, 1)
+    hidden: int = option(64, "units in each of the two hidden layers", 1)
     value_learning_rate: float = option(1e-2, "Adam's step for the value function", 0, 1e30)
-    value_epochs: int = option(8, "passes over each batch to fit the value function", 0, 10**6)
-    minibatch_size: int = option(256, "states per gradient step in such a pass", 1, 10**9)
+    value_epochs: int = option(8, "passes over each batch to fit the value function", 0)
+    minibatches: int = option(5, "parts into which such a pass splits the shuffled batch", 1)
     watch: bool = option(False, "show the trained policy in a window")
     # The algorithm's own:
-    learning_rate: float = option(1e-2, "Adam's step for the policy", 0, 1e30)
 
     def __post_init__(self):
         for setting in fields(self):
-            value, low, high = getattr(self, setting.name), *list(setting.metadata.values())[1:]
-            if low is not None and not low <= value <= high:  # true for nan, too
+            value, (_, low, high) = getattr(self, setting.name), setting.metadata.values()
+            if low is not None and not low <= value <= high:  # refuses nan, too
                 raise ValueError(f"{setting.name} must be from {low} to {high}, not {value}")
 
 
@@ -80,18 +70,16 @@ class Network:
         shapes = (inputs, hidden), hidden, (hidden, hidden), hidden, (hidden, outputs), outputs
         ends = np.cumsum([np.prod(shape) for shape in shapes])
         self.theta = np.zeros(ends[-1], np.float32) if theta is None else theta
-        parts = zip(np.split(self.theta, ends[:-1]), shapes)
-        views = [part.reshape(shape) for part, shape in parts]
+        views = [p.reshape(s) for p, s in zip(np.split(self.theta, ends[:-1]), shapes)]
         self.W1, self.b1, self.W2, self.b2, self.W3, self.b3 = views
         self.mean, self.square, self.updates = 0.0, 0.0, 0  # what `adam` remembers
 
 
 def initial_network(rng, sizes, last_gain):
-    """Orthogonal weights times sqrt(2), in the last layer times last_gain; biases 0."""
+    """Normal weights of variance gain^2 / inputs, gain sqrt(2) or last_gain; biases 0."""
     network = Network(sizes)
     for weights, gain in (network.W1, 2**0.5), (network.W2, 2**0.5), (network.W3, last_gain):
-        columns, _ = np.linalg.qr(rng.standard_normal((max(weights.shape), min(weights.shape))))
-        weights[:] = gain * (columns if columns.shape == weights.shape else columns.T)
+        weights[:] = gain * rng.standard_normal(weights.shape) / len(weights) ** 0.5
     return network
 
 
@@ -103,27 +91,22 @@ def forward(network, inputs):
 
 
 def backward(network, activations, grad_outputs):
-    """Backpropagation: J^T u [P] for u = grad_outputs [B, outputs], J = d outputs / d theta.
-
-    With the gradient of a loss in the outputs as u, this is its gradient in theta.
-    """
+    """Backpropagation: from a loss's gradient in the outputs [B, outputs] to that in theta [P]."""
     inputs, hidden1, hidden2 = activations
     grad_hidden2 = (grad_outputs @ network.W3.T) * (1 - hidden2**2)  # tanh' = 1 - tanh^2
     grad_hidden1 = (grad_hidden2 @ network.W2.T) * (1 - hidden1**2)
     layers = (inputs, grad_hidden1), (hidden1, grad_hidden2), (hidden2, grad_outputs)
-    grads = [((below.T @ grad).ravel(), grad.sum(axis=0)) for below, grad in layers]
-    return np.concatenate([part for weights_and_bias in grads for part in weights_and_bias])
+    parts = [((below.T @ grad).ravel(), grad.sum(axis=0)) for below, grad in layers]
+    return np.concatenate([part for weights_and_bias in parts for part in weights_and_bias])
 
 
 def adam(network, gradient, learning_rate):
-    """Move each parameter uphill by about learning_rate: mean / sqrt(square) hardly depends on how
-    long the gradients are (Kingma & Ba 2015, algorithm 1)."""
+    """Step by learning_rate * mean / sqrt(mean square) of recent gradients (Kingma & Ba 2015)."""
     network.updates += 1
     network.mean += (1 - 0.9) * (gradient - network.mean)
     network.square += (1 - 0.999) * (gradient**2 - network.square)
-    mean = network.mean / (1 - 0.9**network.updates)  # undoes the bias of starting at 0
-    square = network.square / (1 - 0.999**network.updates)
-    network.theta += learning_rate * mean / (np.sqrt(square) + 1e-8)
+    unbias = (1 - 0.999**network.updates) ** 0.5 / (1 - 0.9**network.updates)  # both began at 0
+    network.theta += learning_rate * unbias * network.mean / (np.sqrt(network.square) + 1e-8)
 
 
 # --- 3. Policy ------------------------------------------------------------------------------------
@@ -134,52 +117,41 @@ def log_softmax(logits):
 
 
 def kl(log_probs_old, log_probs_new):
-    """KL(pi_old || pi_new) = sum_a pi_old (log pi_old - log pi_new), mean over states, in nats:
-    how far the behaviour moved, whatever the weights did. (Below 1e-7: float32 noise.)"""
+    """KL(pi_old || pi_new), the mean over states of sum_a pi_old (log pi_old - log pi_new), nats."""
     return float((np.exp(log_probs_old) * (log_probs_old - log_probs_new)).sum(axis=1).mean())
 
 
 def policy_gradient(policy, activations, log_probs, actions, weights):
-    """Gradient in theta [P] of the mean of weights * log pi(a|s); in the logits, the gradient of
-    log pi(a|s) is onehot(a) - pi(.|s)."""
-    onehot = np.eye(log_probs.shape[1], dtype=log_probs.dtype)[actions]  # [B, A]
-    grad_logits = weights[:, None] * (onehot - np.exp(log_probs)) / len(actions)
-    return backward(policy, activations, grad_logits)
+    """Gradient in theta [P] of the mean of weights * log pi(a|s)."""
+    onehot = np.eye(log_probs.shape[1], dtype=log_probs.dtype)[actions]
+    grad_log_prob = onehot - np.exp(log_probs)  # of the chosen actions, in the logits [B, A]
+    return backward(policy, activations, weights[:, None] * grad_log_prob / len(actions))
 
 
 # --- 4. Experience --------------------------------------------------------------------------------
 def make_env(settings, num_envs, **how):
-    """num_envs copies of the environment, stepped together. ValueError if it is not of our kind."""
+    """num_envs copies of the environment, stepped together. ValueError if it is not our kind."""
     try:
-        env = gym.make_vec(settings.env, num_envs=num_envs, **how)
+        env = gym.make_vec(settings.env, num_envs, **how)
     except (gym.error.Error, ImportError) as error:
-        raise ValueError(f"env must name an installed environment, not {settings.env!r}: {error}")
+        raise ValueError(f"env must be an installed environment, not {settings.env!r}: {error}")
     states, actions = env.single_observation_space, env.single_action_space
-    if not (
-        type(actions) is gym.spaces.Discrete and actions.start == 0 and len(states.shape or ()) == 1
-    ):
-        raise ValueError(
-            f"env must have one-dimensional Box observations and Discrete actions from 0; {settings.env} has {states}, {actions}"
-        )
+    if len(states.shape or ()) != 1 or type(actions) is not gym.spaces.Discrete or actions.start:
+        kind = "a one-dimensional Box observation and Discrete actions from 0"
+        raise ValueError(f"env must have {kind}; {settings.env} has {states} and {actions}")
     return env
 
 
 def initial_policy(settings):
-    """A policy for settings.env, close to uniform since its last layer's weights are small."""
+    """A policy for settings.env, close to uniform since its last weights are small."""
     env = make_env(settings, 1)
     sizes = env.single_observation_space.shape[0], settings.hidden, int(env.single_action_space.n)
-    env.close()
     return initial_network(np.random.default_rng(settings.seed).spawn(1)[0], sizes, 0.01)
 
 
 def experience(env, policy, horizon, finished, rng):
-    """Endless batches: actions, rewards, terminated, truncated, resetting [T, N] and, first,
-    observations [T + 1, N, D]. Adds the returns of finished episodes to `finished`.
-
-    After an episode's end, an environment spends its next call on the reset. These calls, marked
-    in `resetting`, are no transitions; due to them, observations[t + 1] is always where actions[t]
-    led, even at an episode's end.
-    """
+    """Endless batches: observations [T + 1, N, D], then actions, rewards, terminated, truncated and
+    resetting [T, N]: true for the call after an episode's end, a mere reset and no transition."""
     observations, _ = env.reset(seed=int(rng.integers(2**31)))
     ended, returns = np.zeros(env.num_envs, bool), np.zeros(env.num_envs)
     while True:
@@ -187,64 +159,39 @@ def experience(env, policy, horizon, finished, rng):
         for noise in rng.gumbel(size=(horizon, env.num_envs, policy.sizes[2])):
             logits, _ = forward(policy, observations)
             actions = (logits + noise).argmax(axis=1)  # Gumbel noise: a sample of softmax(logits)
-            before, resetting = observations, ended
-            observations, rewards, terminated, truncated, _ = env.step(actions)
-            calls.append((before, actions, rewards, terminated, truncated, resetting))
-            ended = terminated | truncated
-            returns += rewards
-            finished.extend(returns[ended])
+            following, rewards, terminated, truncated, _ = env.step(actions)
+            calls.append((observations, actions, rewards, terminated, truncated, ended))
+            observations, ended, returns = following, terminated | truncated, returns + rewards
+            finished.extend(returns[ended])  # for the statistics
             returns[ended] = 0
         states, actions, rewards, *flags = (np.array(column) for column in zip(*calls))
-        states = np.concatenate([states, observations[None]]).astype(np.float32)
+        states = np.concatenate([states, observations[None]], dtype=np.float32)
         yield states, actions, rewards.astype(np.float32), *flags
 
 
-# --- 5. Advantages --------------------------------------------------------------------------------
+# --- 5. Advantages and values ---------------------------------------------------------------------
 def gae(rewards, values, terminated, truncated, resetting, gamma, gae_lambda):
-    """Generalized advantage estimates [T, N] from values [T + 1, N] (Schulman et al. 2016, eq. 16):
-
-        A_t = delta_t + gamma lambda A_{t+1},    delta_t = r_t + gamma V(s_{t+1}) - V(s_t)
-
-    A terminal s_{t+1} has V = 0; where an episode was only cut off (truncated), V counts.
-    """
+    """Advantages A_t = delta_t + gamma lambda A_{t+1} with delta_t = r_t + gamma V(s_{t+1}) - V(s_t),
+    [T, N], from values [T + 1, N]. V(terminal) = 0. (Schulman et al. 2016, equation 16.)"""
     deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]
-    ends = terminated | truncated | resetting
+    goes_on = ~(terminated | truncated | resetting)
     advantages, following = np.zeros_like(deltas), np.zeros_like(deltas[0])
     for t in reversed(range(len(deltas))):
-        following = advantages[t] = deltas[t] + gamma * gae_lambda * following * ~ends[t]
+        following = advantages[t] = deltas[t] + gamma * gae_lambda * following * goes_on[t]
     return advantages * ~resetting
-
-
-def normalize(advantages, targets):
-    """Shift to mean 0, scale to standard deviation 1; all 0 if what differs is float32 rounding of
-    the targets (estimated returns), from which nothing can be learned."""
-    centered, rounding = advantages - advantages.mean(), 1e-5 * max(1.0, np.abs(targets).max())
-    return centered / centered.std() if centered.std() > rounding else 0 * centered
-
-
-# --- 6. Value function ----------------------------------------------------------------------------
-def minibatches(rng, count, size):
-    """Indices 0 to count - 1, shuffled and dealt into equal parts of at most `size`."""
-    return np.array_split(rng.permutation(count), -(-count // size))
 
 
 def fit_value(value, observations, targets, settings, decay, rng):
     """Reduce the mean of (V(s) - target)^2 / 2 by Adam steps on minibatches."""
     for _ in range(settings.value_epochs):
-        for chosen in minibatches(rng, len(targets), settings.minibatch_size):
+        for chosen in np.array_split(rng.permutation(len(targets)), settings.minibatches):
             values, activations = forward(value, observations[chosen])
-            errors = (targets[chosen, None] - values) / len(chosen)  # uphill on minus that mean
-            gradient = backward(value, activations, errors)
+            grad_values = (targets[chosen, None] - values) / len(chosen)  # uphill on minus that
+            gradient = backward(value, activations, grad_values)
             adam(value, gradient, decay * settings.value_learning_rate)
 
 
-def explained_variance(values, targets):
-    """1 - Var(target - V) / Var(target): 1 perfect, 0 as good as a constant, below 0 worse."""
-    residual, variance = np.var(targets - values, dtype=float), np.var(targets, dtype=float)
-    return float(1 - residual / variance) if variance > 0 else 0.0
-
-
-# --- 7. The update --------------------------------------------------------------------------------
+# --- 6. The update --------------------------------------------------------------------------------
 def update_policy(policy, observations, actions, advantages, settings, decay, rng):
     """One Adam step along the policy gradient (Sutton & Barto 2018, section 13.5)."""
     logits, activations = forward(policy, observations)
@@ -254,133 +201,104 @@ def update_policy(policy, observations, actions, advantages, settings, decay, rn
     return {}
 
 
-# --- 8. Training ----------------------------------------------------------------------------------
+# --- 7. Training ----------------------------------------------------------------------------------
 def train(settings, policy=None):
-    """Improve the policy (default: a new one) in place. Yields a dict of figures per update; raises
-    FloatingPointError when one of them, or a parameter, is no longer finite."""
-    start, steps, solved, finished = time.perf_counter(), 0, False, deque(maxlen=100)
+    """Improve the policy (or a new one) in place; yield a dict of figures after each update. Raises
+    FloatingPointError once one of them, or a parameter, is no longer finite."""
+    start, update, steps, solved, finished = time.perf_counter(), 0, 0, False, []
     policy = policy or initial_policy(settings)
     _, value_rng, env_rng, rng = np.random.default_rng(settings.seed).spawn(4)
     value = initial_network(value_rng, (policy.sizes[0], settings.hidden, 1), 1.0)
     env = make_env(settings, settings.num_envs)
-    threshold = env.spec.reward_threshold
-    for update, batch in enumerate(experience(env, policy, settings.horizon, finished, env_rng), 1):
-        observations, actions, rewards, terminated, truncated, resetting = batch
+    batches = experience(env, policy, settings.horizon, finished, env_rng)
+    while steps < settings.steps:
+        observations, actions, rewards, *flags = next(batches)
         values = forward(value, observations)[0][..., 0]  # [T + 1, N]
-        discounts = settings.gamma, settings.gae_lambda
-        advantages = gae(rewards, values, terminated, truncated, resetting, *discounts)
-        real = ~resetting  # flatten [T, N] to [B], the calls that were transitions
-        observations, actions = observations[:-1][real], actions[real]
-        advantages, values = advantages[real], values[:-1][real]
-        targets = advantages + values
-
-        decay = 1 - steps / settings.steps  # of the learning rates, from 1 towards 0
-        theta_old, log_probs_old = (
-            policy.theta.copy(),
-            log_softmax(forward(policy, observations)[0]),
-        )
-        advantages = normalize(advantages, targets)
+        advantages = gae(rewards, values, *flags, settings.gamma, settings.gae_lambda)
+        targets = advantages + values[:-1]
+        real = ~flags[-1]  # leave out the calls that only reset: [T, N] becomes [B]
+        observations, actions, values = observations[:-1][real], actions[real], values[:-1][real]
+        advantages, targets = advantages[real] - advantages[real].mean(), targets[real]
+        spread, rounding = advantages.std(), 1e-5 * max(1.0, np.abs(targets).max())  # of float32
+        advantages = advantages / spread if spread > rounding else 0 * advantages
+        theta_old, decay = policy.theta.copy(), 1 - steps / settings.steps  # of the learning rates
+        log_probs_old = log_softmax(forward(policy, observations)[0])
         own = update_policy(policy, observations, actions, advantages, settings, decay, rng)
         log_probs_new = log_softmax(forward(policy, observations)[0])
         fit_value(value, observations, targets, settings, decay, rng)
 
-        steps, recent = steps + len(actions), list(finished)
+        update, steps, recent = update + 1, steps + len(actions), finished[-100:]
+        threshold = env.spec.reward_threshold
         solved |= threshold is not None and len(recent) == 100 and np.mean(recent) >= threshold
         row = {"update": update, "steps": steps}
         row["episode_return"] = float(np.mean(recent[-20:])) if recent else float("nan")
         row["kl"] = kl(log_probs_old, log_probs_new)
         row["entropy"] = -float((np.exp(log_probs_old) * log_probs_old).sum(axis=1).mean())
         row["step_norm"] = float(np.linalg.norm(policy.theta - theta_old))
-        row["explained_variance"] = explained_variance(values, targets)
+        unexplained, variance = (float(np.var(x, dtype=float)) for x in (targets - values, targets))
+        row["explained_variance"] = 1 - unexplained / variance if variance > 0 else 0.0
         row |= {"solved": bool(solved), "seconds": time.perf_counter() - start, **own}
-        figures = [figure for key, figure in row.items() if key != "episode_return"]
-        if not np.isfinite([*figures, policy.theta.sum(), value.theta.sum()]).all():
+        if not np.isfinite([row["kl"], *own.values(), policy.theta.sum(), value.theta.sum()]).all():
             raise FloatingPointError(f"update {update} is no longer finite: take smaller steps")
         yield row
-        if steps >= settings.steps:
-            break
 
 
-# --- 9. Evaluation and command line ---------------------------------------------------------------
+# --- 8. Evaluation and command line ---------------------------------------------------------------
 def evaluate(policy, env, seed, cap=1000):
-    """Return [N] of the greedy policy in one episode of each of env's copies, and how many episodes
-    were cut off at the cap."""
+    """Returns [N] of the greedy policy, one episode in each copy; how many were cut at the cap."""
     observations, _ = env.reset(seed=int(np.random.default_rng(seed).integers(2**31)))
     returns, running = np.zeros(env.num_envs), np.ones(env.num_envs, bool)
-    for _ in range(cap):
-        actions = forward(policy, observations)[0].argmax(axis=1)
+    while running.any() and cap > 0:
+        actions, cap = forward(policy, observations)[0].argmax(axis=1), cap - 1
         observations, rewards, terminated, truncated, _ = env.step(actions)
-        returns += rewards * running
-        running &= ~(terminated | truncated)
-        if not running.any():
-            break
-    return returns, running.sum()
-
-
-def watch(policy, settings, episodes=3):
-    """Play in a window. RuntimeError if it could not be seen."""
-    env = make_env(settings, 1, vectorization_mode="sync", render_mode="human")
-    env.reset()
-    pygame = sys.modules.get("pygame")
-    if pygame and pygame.display.get_driver() in ("dummy", "offscreen"):
-        raise RuntimeError("--watch needs a display (on Linux, DISPLAY must be set)")
-    for seed in range(episodes):
-        evaluate(policy, env, seed)
+        returns, running = returns + rewards * running, running & ~(terminated | truncated)
+    return returns, int(running.sum())
 
 
 def parse(argv=None):
     """The command line as Settings. For a mistake: one line on standard error, exit status 2."""
-    program = os.path.basename(__file__)
-    parser = argparse.ArgumentParser(
-        program, description=__doc__.splitlines()[0], allow_abbrev=False
-    )
+    parser = ArgumentParser(os.path.basename(__file__), description=__doc__.split("\n")[0])
     for setting in fields(Settings):
-        flag = {"action": argparse.BooleanOptionalAction}
-        kind = flag if setting.type is bool else {"type": setting.type}
-        meaning = setting.metadata["meaning"] + " (default: %(default)s)"
+        switch = {"action": BooleanOptionalAction}
+        kind = switch if setting.type is bool else {"type": setting.type}
+        text = setting.metadata["meaning"] + " (default: %(default)s)"
         name = "--" + setting.name.replace("_", "-")
-        parser.add_argument(name, default=setting.default, help=meaning, **kind)
+        parser.add_argument(name, default=setting.default, help=text, **kind)
     try:
         settings = Settings(**vars(parser.parse_args(argv)))
         make_env(settings, 1).close()
+        return settings
     except ValueError as error:
-        parser.error(str(error))
-    return settings
-
-
-def print_row(cells):
-    """Cells of ten characters: text, whole numbers, and others to three digits."""
-    print("".join(f"{c:>10.3g}" if isinstance(c, float) else f"{c:>10}" for c in cells), flush=True)
-
-
-def main():
-    settings, lines, solved = parse(), 0, None
-    np.seterr(over="ignore", invalid="ignore")  # `train` checks that all is finite
-    policy = initial_policy(settings)
-    for row in train(settings, policy):
-        solved = solved or (row["solved"] and f"after {row['steps']} steps, {row['seconds']:.1f} s")
-        del row["solved"]
-        if lines == 0:  # episode_return as two words, one above the other
-            print_row(key.rpartition("_")[0] for key in row)
-            print_row(key.rpartition("_")[2] for key in row)
-        if row["steps"] * 25 >= settings.steps * lines:  # about 25 lines a run
-            print_row(row.values())
-            lines += 1
-    env = make_env(settings, 100)
-    if env.spec.reward_threshold is not None:
-        print(f"100 episodes averaged {env.spec.reward_threshold:g} or more: {solved or 'not yet'}")
-    returns, cut = evaluate(policy, env, settings.seed)
-    note = f" ({cut} of them cut off)" if cut else ""
-    print(f"greedy policy, 100 fresh episodes: {returns.mean():.1f} ± {returns.std():.1f}{note}")
-    if settings.watch:
-        watch(policy, settings)
+        parser.error(" ".join(str(error).split()))
 
 
 if __name__ == "__main__":
     try:
-        main()
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except (ValueError, FloatingPointError, RuntimeError, gym.error.Error) as error:
-        sys.exit(f"{os.path.basename(__file__)}: {error}")
+        settings, solved = parse(), "not yet"
+        np.seterr(all="ignore")  # `train` checks that everything is finite
+        policy = initial_policy(settings)
+        for row in train(settings, policy):
+            if row.pop("solved") and solved == "not yet":
+                solved = f"after {row['steps']} steps, {row['seconds']:.1f} s"
+            for part in (0, 2) if row["update"] == 1 else ():  # names: first word above last word
+                print(*(f"{key.rpartition('_')[part]:>9}" for key in row))
+            if row["update"] % 5 == 1:
+                cells = (f"{x:.3g}" if isinstance(x, float) else x for x in row.values())
+                print(*(f"{cell:>9}" for cell in cells), flush=True)
+        env = make_env(settings, 100)
+        if env.spec.reward_threshold is not None:
+            print(f"100 episodes averaged {env.spec.reward_threshold:g} or more: {solved}")
+        returns, cut = evaluate(policy, env, settings.seed)
+        result = f"{returns.mean():.1f} ± {returns.std():.1f}"
+        result += f" ({cut} episodes were cut off at 1000 steps)" if cut else ""
+        print(f"greedy policy, 100 fresh episodes: {result}")
+        if settings.watch:
+            env = make_env(settings, 1, vectorization_mode="sync", render_mode="human")
+            evaluate(policy, env, settings.seed, cap=1)  # opens the window, or pretends to
+            pygame = sys.modules.get("pygame")
+            if pygame and pygame.display.get_driver() in ("dummy", "offscreen"):
+                raise RuntimeError("--watch needs a display (on Linux, set DISPLAY)")
+            evaluate(policy, env, settings.seed)
+    except (KeyboardInterrupt, ValueError, ArithmeticError, RuntimeError, gym.error.Error) as error:
+        print(str(error) or "interrupted", file=sys.stderr)
+        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)
