@@ -4,19 +4,17 @@
 # ///
 """Trust region policy optimization (TRPO): the best step that leaves the policy close to the old.
 
-Old experience tells how good a new policy is only if the two are close. So TRPO solves, per batch:
+Old experience can judge a new policy only if it is close to the old one. So TRPO solves:
 
     maximize    L(theta) = mean of  A * pi(a|s; theta) / pi(a|s; theta_old)
     subject to  mean of KL(pi(.|s; theta_old) || pi(.|s; theta))  <=  delta
-
-With L about g . step, KL about step F step / 2 (F: Fisher matrix), step ~ F^-1 g: natural gradient.
+As L ~ g . step and KL ~ step F step / 2 (F: Fisher matrix), the step is a multiple of F^-1 g.
 
     repeat:  run the policy for a batch of steps                              (section 4)
              estimate the advantages A from the rewards and V                 (section 5)
              x <- F^-1 g by conjugate gradient, from products F v alone       (section 6)
              step <- x scaled to KL = delta, then shorter until KL <= delta and L grew
              fit V to the estimated returns                                   (section 5)
-
 Run:  python trpo.py    Options:  python trpo.py --help    Schulman et al. 2015, arXiv:1502.05477.
 """
 
@@ -54,6 +52,12 @@ class Settings:
     minibatches: int = option(5, "parts into which such a pass splits the shuffled batch", 1)
     watch: bool = option(False, "show the trained policy in a window")
     # The algorithm's own:
+    delta: float = option(0.01, "trust region: largest mean KL per update, in nats", 1e-12)
+    damping: float = option(0.03, "multiple of the identity added to the Fisher matrix", 0)
+    cg_iterations: int = option(5, "conjugate gradient iterations", 1)
+    line_search: bool = option(True, "shorten steps that leave the region or do not improve L")
+    backtracks: int = option(10, "how often a step may be shortened", 0)
+    backtrack_factor: float = option(0.8, "by which factor", 0, 1)
 
     def __post_init__(self):
         for setting in fields(self):
@@ -182,14 +186,13 @@ def gae(rewards, values, terminated, truncated, resetting, gamma, gae_lambda):
     return advantages * ~resetting
 
 
-def fit_value(value, observations, targets, settings, decay, rng):
+def fit_value(value, observations, targets, settings, learning_rate, rng):
     """Reduce the mean of (V(s) - target)^2 / 2 by Adam steps on minibatches."""
     for _ in range(settings.value_epochs):
         for chosen in np.array_split(rng.permutation(len(targets)), settings.minibatches):
             values, activations = forward(value, observations[chosen])
             grad_values = (targets[chosen, None] - values) / len(chosen)  # uphill on minus that
-            gradient = backward(value, activations, grad_values)
-            adam(value, gradient, decay * settings.value_learning_rate)
+            adam(value, backward(value, activations, grad_values), learning_rate)
 
 
 # --- 6. The update --------------------------------------------------------------------------------
@@ -201,12 +204,12 @@ def jacobian_vector_product(policy, activations, vector):
     return d_hidden2 @ policy.W3 + hidden2 @ v.W3 + v.b3
 
 
-def fisher_vector_product(policy, activations, probs, vector):
-    """F v [P] without the matrix F [P, P], the KL's second derivative at theta (appendix C):
+def fisher_vector_product(policy, activations, probs, vector, damping=0.0):
+    """(F + damping I) v [P], where F is the second derivative of the KL at theta (appendix C):
     F = mean over the states of J^T (diag(p) - p p^T) J, applied to v from right to left."""
     d_logits = jacobian_vector_product(policy, activations, vector)
     d_probs = probs * (d_logits - (probs * d_logits).sum(axis=1, keepdims=True))
-    return backward(policy, activations, d_probs / len(probs))
+    return backward(policy, activations, d_probs / len(probs)) + damping * vector
 
 
 def conjugate_gradient(product, target, iterations):
@@ -219,8 +222,8 @@ def conjugate_gradient(product, target, iterations):
         image = product(direction)
         length = squared / (direction @ image)
         x, residual = x + length * direction, residual - length * image
-        squared_before, squared = squared, residual @ residual
-        direction = residual + squared / squared_before * direction
+        squared, before = residual @ residual, squared
+        direction = residual + squared / before * direction
     return x
 
 
@@ -243,10 +246,9 @@ def update_policy(policy, observations, actions, advantages, settings, decay, rn
     """The natural gradient x = F^-1 g, scaled so that x F x / 2 = delta, then the line search."""
     logits, activations = forward(policy, observations)
     log_probs = log_softmax(logits)
-    probs = np.exp(log_probs)
 
-    def product(v):  # a little damping, since F need not be invertible
-        return fisher_vector_product(policy, activations, probs, v) + settings.damping * v
+    def product(v):  # with a little damping, since F alone need not be invertible
+        return fisher_vector_product(policy, activations, np.exp(log_probs), v, settings.damping)
 
     gradient = policy_gradient(policy, activations, log_probs, actions, advantages)
     x = conjugate_gradient(product, gradient, settings.cg_iterations)
@@ -257,32 +259,32 @@ def update_policy(policy, observations, actions, advantages, settings, decay, rn
 
 # --- 7. Training ----------------------------------------------------------------------------------
 def train(settings, policy=None):
-    """Improve the policy (or a new one) in place; yield a dict of figures after each update. Raises
-    FloatingPointError once one of them, or a parameter, is no longer finite."""
+    """Improve a policy; yield a dict of figures per update. FloatingPointError if one is not finite."""
     start, update, steps, solved, finished = time.perf_counter(), 0, 0, False, []
     policy = policy or initial_policy(settings)
     _, value_rng, env_rng, rng = np.random.default_rng(settings.seed).spawn(4)
     value = initial_network(value_rng, (policy.sizes[0], settings.hidden, 1), 1.0)
     env = make_env(settings, settings.num_envs)
+    threshold = env.spec.reward_threshold
     batches = experience(env, policy, settings.horizon, finished, env_rng)
     while steps < settings.steps:
         observations, actions, rewards, *flags = next(batches)
         values = forward(value, observations)[0][..., 0]  # [T + 1, N]
         advantages = gae(rewards, values, *flags, settings.gamma, settings.gae_lambda)
-        targets = advantages + values[:-1]
         real = ~flags[-1]  # leave out the calls that only reset: [T, N] becomes [B]
-        observations, actions, values = observations[:-1][real], actions[real], values[:-1][real]
-        advantages, targets = advantages[real] - advantages[real].mean(), targets[real]
-        spread, rounding = advantages.std(), 1e-5 * max(1.0, np.abs(targets).max())  # of float32
-        advantages = advantages / spread if spread > rounding else 0 * advantages
+        observations, actions = observations[:-1][real], actions[real]
+        advantages, values = advantages[real], values[:-1][real]
+        targets, advantages = advantages + values, advantages - advantages.mean()
+        rounding = 1e-5 * max(1.0, np.abs(targets).max())  # of float32 numbers
+        advantages *= 1 / advantages.std() if advantages.std() > rounding else 0
         theta_old, decay = policy.theta.copy(), 1 - steps / settings.steps  # of the learning rates
         log_probs_old = log_softmax(forward(policy, observations)[0])
         own = update_policy(policy, observations, actions, advantages, settings, decay, rng)
         log_probs_new = log_softmax(forward(policy, observations)[0])
-        fit_value(value, observations, targets, settings, decay, rng)
+        learning_rate = decay * settings.value_learning_rate
+        fit_value(value, observations, targets, settings, learning_rate, rng)
 
         update, steps, recent = update + 1, steps + len(actions), finished[-100:]
-        threshold = env.spec.reward_threshold
         solved |= threshold is not None and len(recent) == 100 and np.mean(recent) >= threshold
         row = {"update": update, "steps": steps}
         row["episode_return"] = float(np.mean(recent[-20:])) if recent else float("nan")

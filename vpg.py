@@ -53,6 +53,7 @@ class Settings:
     minibatches: int = option(5, "parts into which such a pass splits the shuffled batch", 1)
     watch: bool = option(False, "show the trained policy in a window")
     # The algorithm's own:
+    learning_rate: float = option(8e-3, "Adam's step for the policy", 0, 1e30)
 
     def __post_init__(self):
         for setting in fields(self):
@@ -181,14 +182,13 @@ def gae(rewards, values, terminated, truncated, resetting, gamma, gae_lambda):
     return advantages * ~resetting
 
 
-def fit_value(value, observations, targets, settings, decay, rng):
+def fit_value(value, observations, targets, settings, learning_rate, rng):
     """Reduce the mean of (V(s) - target)^2 / 2 by Adam steps on minibatches."""
     for _ in range(settings.value_epochs):
         for chosen in np.array_split(rng.permutation(len(targets)), settings.minibatches):
             values, activations = forward(value, observations[chosen])
             grad_values = (targets[chosen, None] - values) / len(chosen)  # uphill on minus that
-            gradient = backward(value, activations, grad_values)
-            adam(value, gradient, decay * settings.value_learning_rate)
+            adam(value, backward(value, activations, grad_values), learning_rate)
 
 
 # --- 6. The update --------------------------------------------------------------------------------
@@ -203,32 +203,32 @@ def update_policy(policy, observations, actions, advantages, settings, decay, rn
 
 # --- 7. Training ----------------------------------------------------------------------------------
 def train(settings, policy=None):
-    """Improve the policy (or a new one) in place; yield a dict of figures after each update. Raises
-    FloatingPointError once one of them, or a parameter, is no longer finite."""
+    """Improve a policy; yield a dict of figures per update. FloatingPointError if one is not finite."""
     start, update, steps, solved, finished = time.perf_counter(), 0, 0, False, []
     policy = policy or initial_policy(settings)
     _, value_rng, env_rng, rng = np.random.default_rng(settings.seed).spawn(4)
     value = initial_network(value_rng, (policy.sizes[0], settings.hidden, 1), 1.0)
     env = make_env(settings, settings.num_envs)
+    threshold = env.spec.reward_threshold
     batches = experience(env, policy, settings.horizon, finished, env_rng)
     while steps < settings.steps:
         observations, actions, rewards, *flags = next(batches)
         values = forward(value, observations)[0][..., 0]  # [T + 1, N]
         advantages = gae(rewards, values, *flags, settings.gamma, settings.gae_lambda)
-        targets = advantages + values[:-1]
         real = ~flags[-1]  # leave out the calls that only reset: [T, N] becomes [B]
-        observations, actions, values = observations[:-1][real], actions[real], values[:-1][real]
-        advantages, targets = advantages[real] - advantages[real].mean(), targets[real]
-        spread, rounding = advantages.std(), 1e-5 * max(1.0, np.abs(targets).max())  # of float32
-        advantages = advantages / spread if spread > rounding else 0 * advantages
+        observations, actions = observations[:-1][real], actions[real]
+        advantages, values = advantages[real], values[:-1][real]
+        targets, advantages = advantages + values, advantages - advantages.mean()
+        rounding = 1e-5 * max(1.0, np.abs(targets).max())  # of float32 numbers
+        advantages *= 1 / advantages.std() if advantages.std() > rounding else 0
         theta_old, decay = policy.theta.copy(), 1 - steps / settings.steps  # of the learning rates
         log_probs_old = log_softmax(forward(policy, observations)[0])
         own = update_policy(policy, observations, actions, advantages, settings, decay, rng)
         log_probs_new = log_softmax(forward(policy, observations)[0])
-        fit_value(value, observations, targets, settings, decay, rng)
+        learning_rate = decay * settings.value_learning_rate
+        fit_value(value, observations, targets, settings, learning_rate, rng)
 
         update, steps, recent = update + 1, steps + len(actions), finished[-100:]
-        threshold = env.spec.reward_threshold
         solved |= threshold is not None and len(recent) == 100 and np.mean(recent) >= threshold
         row = {"update": update, "steps": steps}
         row["episode_return"] = float(np.mean(recent[-20:])) if recent else float("nan")
