@@ -29,6 +29,8 @@ from dataclasses import dataclass, field, fields
 import gymnasium as gym
 import numpy as np
 
+np.empty(2**21)  # once freed, 16 MB teach glibc to recycle arrays instead of mapping each anew
+
 
 # --- 1. Settings ----------------------------------------------------------------------------------
 def option(default, meaning, low=None, high=float("inf")):
@@ -281,8 +283,7 @@ def train(settings, policy=None):
         log_probs_old = log_softmax(forward(policy, observations)[0])
         own = update_policy(policy, observations, actions, advantages, settings, decay, rng)
         log_probs_new = log_softmax(forward(policy, observations)[0])
-        learning_rate = decay * settings.value_learning_rate
-        fit_value(value, observations, targets, settings, learning_rate, rng)
+        fit_value(value, observations, targets, settings, decay * settings.value_learning_rate, rng)
 
         update, steps, recent = update + 1, steps + len(actions), finished[-100:]
         solved |= threshold is not None and len(recent) == 100 and np.mean(recent) >= threshold
