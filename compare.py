@@ -207,8 +207,7 @@ def cells(runs, env):
     returns = [values for _, values in map(curve, runs) if len(values)]
     last = [values[-1] for values in returns]
     kl = np.concatenate([column(run, "kl") for run in runs])
-    yield f"{len(solved)}/{len(runs)}"
-    yield f"{np.median(solved):.0f}" if solved else "-"
+    yield from (f"{len(solved)}/{len(runs)}", f"{np.median(solved):.0f}" if solved else "-")
     yield f"{interquartile_mean(last):.1f} ({min(last):.1f} to {max(last):.1f})" if last else "-"
     yield from (f"{np.median(kl):.2g}", f"{kl.max():.2g}")
     yield sum(collapses(values, gym.spec(env).reward_threshold) for values in returns)
@@ -237,13 +236,21 @@ def draw(figure, results, variants):
         line = draw_returns(panels["return"], runs, style, thin=len(results) < 5)
         draw_kl(panels["kl"], moved, style)
         shown = moved[:: len(moved) // 1000 + 1]  # of very many every second, third, ...
-        style |= {"marker": MARKERS[number], "s": 14, "alpha": 0.4, "linewidths": 0}
+        style |= {
+            "marker": MARKERS[number],
+            "linestyle": "-",
+            "s": 14,
+            "alpha": 0.4,
+            "linewidths": 0,
+        }
         cloud = panels["distance"].scatter(column(shown, "step_norm"), column(shown, "kl"), **style)
         text = textwrap.fill(text, 44, max_lines=2).replace("$", r"\$")
-        text += f"\nKL 0 (not shown): {len(rows) - len(moved)} of {len(rows)} updates"
-        entries.append(((line, cloud), text))
+        still = f"KL 0: {len(rows) - len(moved)} of {len(rows)} updates"
+        entries.append(((line, cloud), f"{text}\n{still}"))
     envs = sorted({variants[text][2].env for text in results})
-    figure.suptitle(f"{', '.join(envs)}, {max(map(len, results.values()))} seeds", weight="bold")
+    figure.suptitle(
+        f"{', '.join(envs)}, runs per variant: {max(map(len, results.values()))}", weight="bold"
+    )
     explain(panels, entries, {gym.spec(env).reward_threshold for env in envs} - {None})
 
 
@@ -292,7 +299,7 @@ def explain(panels, entries, thresholds):
     for axis in panels.values():
         axis.spines[["top", "right"]].set_visible(False)
     panels["legend"].axis("off")
-    note = "Bold: interquartile mean (return), median (KL).\nBand: the middle half."
+    note = "Bold: interquartile mean (return), median (KL).\nBand: the middle half. KL 0 has no place on a log axis."
     look = {"loc": "center left", "frameon": False, "alignment": "left", "fontsize": "small"}
     panels["legend"].legend(*zip(*entries), title=note, markerscale=2, **look)
 
@@ -307,6 +314,7 @@ def save(out, results, variants):
     rows = [row for runs in results.values() for run in runs for row in run]
     targets = out, out.with_suffix(".csv")
     parts = [path.with_name(f".{path.name}.{os.getpid()}") for path in targets]
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a moment: results are worth the wait
     try:
         figure.savefig(parts[0], format=out.suffix[1:].lower(), dpi=110)
         with open(parts[1], "w", newline="", encoding="utf-8") as file:
@@ -318,6 +326,7 @@ def save(out, results, variants):
     finally:
         for part in parts:
             part.unlink(missing_ok=True)
+        signal.signal(signal.SIGINT, before)
 
 
 def main(argv=None):
@@ -327,7 +336,9 @@ def main(argv=None):
     rows, ended = run_all(variants, runs, options.jobs)
     problems = [f"failed: {run[0]}, seed {run[1]}: {ended[run]}" for run in runs if ended.get(run)]
     if missing := [f"{text}, seed {seed}" for text, seed in runs if (text, seed) not in ended]:
-        problems.append(f"interrupted, {len(missing)} runs are missing: {'; '.join(missing)}")
+        problems.append(
+            f"interrupted, missing {len(missing)} of {len(runs)} runs: {'; '.join(missing)}"
+        )
     finished = [run for run in runs if ended.get(run) == ""]
     results = {text: [rows[run] for run in finished if run[0] == text] for text in variants}
     results = {text: kept for text, kept in results.items() if kept}
