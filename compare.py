@@ -236,21 +236,15 @@ def draw(figure, results, variants):
         line = draw_returns(panels["return"], runs, style, thin=len(results) < 5)
         draw_kl(panels["kl"], moved, style)
         shown = moved[:: len(moved) // 1000 + 1]  # of very many every second, third, ...
-        style |= {
-            "marker": MARKERS[number],
-            "linestyle": "-",
-            "s": 14,
-            "alpha": 0.4,
-            "linewidths": 0,
-        }
-        cloud = panels["distance"].scatter(column(shown, "step_norm"), column(shown, "kl"), **style)
+        style |= {"marker": MARKERS[number], "linestyle": "-", "linewidths": 0}
+        points = column(shown, "step_norm"), column(shown, "kl")
+        cloud = panels["distance"].scatter(*points, s=14, alpha=0.4, **style)
         text = textwrap.fill(text, 44, max_lines=2).replace("$", r"\$")
         still = f"KL 0: {len(rows) - len(moved)} of {len(rows)} updates"
         entries.append(((line, cloud), f"{text}\n{still}"))
     envs = sorted({variants[text][2].env for text in results})
-    figure.suptitle(
-        f"{', '.join(envs)}, runs per variant: {max(map(len, results.values()))}", weight="bold"
-    )
+    number = max(map(len, results.values()))
+    figure.suptitle(f"{', '.join(envs)}, runs per variant: {number}", weight="bold")
     explain(panels, entries, {gym.spec(env).reward_threshold for env in envs} - {None})
 
 
@@ -336,9 +330,7 @@ def main(argv=None):
     rows, ended = run_all(variants, runs, options.jobs)
     problems = [f"failed: {run[0]}, seed {run[1]}: {ended[run]}" for run in runs if ended.get(run)]
     if missing := [f"{text}, seed {seed}" for text, seed in runs if (text, seed) not in ended]:
-        problems.append(
-            f"interrupted, missing {len(missing)} of {len(runs)} runs: {'; '.join(missing)}"
-        )
+        problems.append(f"interrupted, {len(missing)} of {len(runs)} missing: {'; '.join(missing)}")
     finished = [run for run in runs if ended.get(run) == ""]
     results = {text: [rows[run] for run in finished if run[0] == text] for text in variants}
     results = {text: kept for text, kept in results.items() if kept}

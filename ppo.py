@@ -55,7 +55,7 @@ class Settings:
     learning_rate: float = option(4e-3, "Adam's step for the policy", 0, 1e30)
     epochs: int = option(4, "passes over each batch to improve the policy", 1)
     clip: float = option(0.2, "ratios may pay off from 1 - clip to 1 + clip; inf: any", 0)
-    target_kl: float = option(float("inf"), "no further epochs once the KL exceeds this", 0)
+    target_kl: float = option(float("inf"), "no further epochs once KL exceeds this", 0)
 
     def __post_init__(self):
         for setting in fields(self):
@@ -66,7 +66,7 @@ class Settings:
 
 # --- 2. Network -----------------------------------------------------------------------------------
 class Network:
-    """Two tanh layers and a linear one. W1, b1, ..., b3 are views into one flat vector theta [P]."""
+    """Two tanh layers and a linear one; W1 to b3 are views into theta, a vector of P numbers."""
 
     def __init__(self, sizes, theta=None):
         inputs, hidden, outputs = self.sizes = sizes
@@ -104,7 +104,7 @@ def backward(network, activations, grad_outputs):
 
 
 def adam(network, gradient, learning_rate):
-    """Step by learning_rate * mean / sqrt(mean square) of recent gradients (Kingma & Ba 2015)."""
+    """Uphill by learning_rate * mean / sqrt(mean square) of the gradients (Kingma & Ba 2015)."""
     network.updates += 1
     network.mean += (1 - 0.9) * (gradient - network.mean)
     network.square += (1 - 0.999) * (gradient**2 - network.square)
@@ -114,18 +114,18 @@ def adam(network, gradient, learning_rate):
 
 # --- 3. Policy ------------------------------------------------------------------------------------
 def log_softmax(logits):
-    """log pi(a|s) of every action [B, A]. Subtracting the maximum keeps exp from overflowing."""
+    """log pi(a|s) [B states, A actions]. Subtracting the maximum keeps exp from overflowing."""
     shifted = logits - logits.max(axis=1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
 
 
 def kl(log_probs_old, log_probs_new):
-    """KL(pi_old || pi_new), the mean over states of sum_a pi_old (log pi_old - log pi_new), nats."""
+    """KL(pi_old || pi_new) in nats: the mean over states of sum_a pi_old log(pi_old / pi_new)."""
     return float((np.exp(log_probs_old) * (log_probs_old - log_probs_new)).sum(axis=1).mean())
 
 
 def policy_gradient(policy, activations, log_probs, actions, weights):
-    """Gradient in theta [P] of the mean of weights * log pi(a|s)."""
+    """Gradient in theta [P] of the mean of weights * log pi(a|s), with weights [B], say A."""
     onehot = np.eye(log_probs.shape[1], dtype=log_probs.dtype)[actions]
     grad_log_prob = onehot - np.exp(log_probs)  # of the chosen actions, in the logits [B, A]
     return backward(policy, activations, weights[:, None] * grad_log_prob / len(actions))
@@ -153,15 +153,15 @@ def initial_policy(settings):
 
 
 def experience(env, policy, horizon, finished, rng):
-    """Endless batches: observations [T + 1, N, D], then actions, rewards, terminated, truncated and
-    resetting [T, N]: true for the call after an episode's end, a mere reset and no transition."""
+    """Endless batches (T calls of N environments): observations [T + 1, N, D]; actions, rewards,
+    terminated, truncated, resetting [T, N] (the call after an end: a mere reset, no transition)."""
     observations, _ = env.reset(seed=int(rng.integers(2**31)))
     ended, returns = np.zeros(env.num_envs, bool), np.zeros(env.num_envs)
     while True:
         calls = []
         for noise in rng.gumbel(size=(horizon, env.num_envs, policy.sizes[2])):
             logits, _ = forward(policy, observations)
-            actions = (logits + noise).argmax(axis=1)  # Gumbel noise: a sample of softmax(logits)
+            actions = (logits + noise).argmax(axis=1)  # Gumbel-max: distributed as softmax(logits)
             following, rewards, terminated, truncated, _ = env.step(actions)
             calls.append((observations, actions, rewards, terminated, truncated, ended))
             observations, ended, returns = following, terminated | truncated, returns + rewards
@@ -174,8 +174,8 @@ def experience(env, policy, horizon, finished, rng):
 
 # --- 5. Advantages and values ---------------------------------------------------------------------
 def gae(rewards, values, terminated, truncated, resetting, gamma, gae_lambda):
-    """Advantages A_t = delta_t + gamma lambda A_{t+1} with delta_t = r_t + gamma V(s_{t+1}) - V(s_t),
-    [T, N], from values [T + 1, N]. V(terminal) = 0. (Schulman et al. 2016, equation 16.)"""
+    """A_t = d_t + gamma lambda A_{t+1}, d_t = r_t + gamma V(s_{t+1}) - V(s_t), V(terminal) = 0,
+    A_{t+1} = 0 past an episode's or the batch's end. (Schulman et al. 2016, equation 16.)"""
     deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]
     goes_on = ~(terminated | truncated | resetting)
     advantages, following = np.zeros_like(deltas), np.zeros_like(deltas[0])
@@ -189,7 +189,7 @@ def fit_value(value, observations, targets, settings, learning_rate, rng):
     for _ in range(settings.value_epochs):
         for chosen in np.array_split(rng.permutation(len(targets)), settings.minibatches):
             values, activations = forward(value, observations[chosen])
-            grad_values = (targets[chosen, None] - values) / len(chosen)  # uphill on minus that
+            grad_values = (targets[chosen, None] - values) / len(chosen)  # of minus that mean
             adam(value, backward(value, activations, grad_values), learning_rate)
 
 
@@ -201,7 +201,7 @@ def clipped_surrogate_gradient(ratio, advantages, clip):
 
 
 def update_policy(policy, observations, actions, advantages, settings, decay, rng):
-    """Epochs of Adam steps on minibatches (algorithm 1). d ratio / d theta = ratio d log pi / d theta."""
+    """Adam steps on minibatches (algorithm 1); gradient of a ratio = ratio * that of log pi."""
     log_probs_old, clipped = log_softmax(forward(policy, observations)[0]), []
     for epoch in range(1, settings.epochs + 1):
         for chosen in np.array_split(rng.permutation(len(actions)), settings.minibatches):
@@ -219,11 +219,11 @@ def update_policy(policy, observations, actions, advantages, settings, decay, rn
 
 # --- 7. Training ----------------------------------------------------------------------------------
 def train(settings, policy=None):
-    """Improve a policy; yield a dict of figures per update. FloatingPointError if one is not finite."""
+    """Improve a policy; yield figures per update. FloatingPointError if they are not finite."""
     start, update, steps, solved, finished = time.perf_counter(), 0, 0, False, []
     np.empty(2**21)  # freed at once: after so large an array, Linux recycles memory (10 % faster)
     policy = policy or initial_policy(settings)
-    _, value_rng, env_rng, rng = np.random.default_rng(settings.seed).spawn(4)
+    _, value_rng, env_rng, rng = np.random.default_rng(settings.seed).spawn(4)  # _: policy's
     value = initial_network(value_rng, (policy.sizes[0], settings.hidden, 1), 1.0)
     env = make_env(settings, settings.num_envs)
     threshold = env.spec.reward_threshold
@@ -236,8 +236,8 @@ def train(settings, policy=None):
         observations, actions = observations[:-1][real], actions[real]
         advantages, values = advantages[real], values[:-1][real]
         targets, advantages = advantages + values, advantages - advantages.mean()
-        rounding = 1e-5 * max(1.0, np.abs(targets).max())  # of float32 numbers
-        advantages *= 1 / advantages.std() if advantages.std() > rounding else 0
+        rounding = 1e-5 * max(1.0, np.abs(targets).max())  # a smaller spread is no signal
+        advantages *= 1 / advantages.std() if advantages.std() > rounding else 0  # 0: no step
         theta_old, decay = policy.theta.copy(), 1 - steps / settings.steps  # of the learning rates
         log_probs_old = log_softmax(forward(policy, observations)[0])
         own = update_policy(policy, observations, actions, advantages, settings, decay, rng)
@@ -298,12 +298,12 @@ if __name__ == "__main__":
                 solved = f"after {row['steps']} steps, {row['seconds']:.1f} s"
             for part in (0, 2) if row["update"] == 1 else ():  # names: first word above last word
                 print(*(f"{key.rpartition('_')[part]:>9}" for key in row))
-            if row["update"] % 5 == 1:
+            if row["update"] % 5 == 1 or row["steps"] >= settings.steps:
                 cells = (f"{x:.3g}" if isinstance(x, float) else x for x in row.values())
                 print(*(f"{cell:>9}" for cell in cells), flush=True)
         env = make_env(settings, 100)
         if env.spec.reward_threshold is not None:
-            print(f"100 episodes averaged {env.spec.reward_threshold:g} or more: {solved}")
+            print(f"{env.spec.reward_threshold:g} in 100 training episodes, on average: {solved}")
         returns, cut = evaluate(policy, env, settings.seed)
         result = f"{returns.mean():.1f} ± {returns.std():.1f}"
         result += f" ({cut} episodes were cut off at 1000 steps)" if cut else ""
