@@ -60,7 +60,7 @@ def load(name):
 
 
 def parse(argv=None):
-    """Options and {variant: (script, its options, Settings)}. A mistake: one line, exit status 2."""
+    """Options and {variant: (script, options, Settings)}. A mistake: one line, exit status 2."""
     parser = argparse.ArgumentParser("compare.py", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("variants", nargs="*", metavar="VARIANT", help='script, options: "ppo --clip inf"')
@@ -112,7 +112,7 @@ def work(sending, script, options, seed):
 
 
 def start(script, options, seed):
-    """Start a run in a fresh process. Returns the end of the pipe where it is heard, the process."""
+    """Start a run in a fresh process. Returns the pipe's end where it is heard, the process."""
     context = multiprocessing.get_context("spawn")  # the same on every platform
     receiving, sending = context.Pipe(duplex=False)
     process = context.Process(target=work, args=(sending, script, options, seed), daemon=True)
@@ -186,14 +186,13 @@ def interquartile_mean(values):
 
 
 def collapses(returns, threshold=None):
-    """How often the return falls within 10 updates by half or more of its gain: best so far - first.
+    """How often the return falls within 10 updates by half or more of its gain (best - first).
     The next fall counts only after a recovery to half of the gain. A gain under a fifth of the way
     from the first return to the threshold is noise: too little to lose."""
-    count, best, recovered = 0, returns[0], 0  # recovered: since which update; None while fallen
+    count, recovered = 0, 0  # recovered: since which update; None while fallen
     smallest = 0.2 * max(0, threshold - returns[0]) if threshold is not None else 0
     for now, value in enumerate(returns):
-        best = max(best, value)
-        half = (best - returns[0]) / 2
+        half = (max(returns[: now + 1]) - returns[0]) / 2  # of the gain
         if recovered is None:
             recovered = now if value >= returns[0] + half else None
         elif 2 * half > smallest and max(returns[max(recovered, now - 10) : now]) - value >= half:
@@ -240,11 +239,11 @@ def draw(figure, results, variants):
         points = column(shown, "step_norm"), column(shown, "kl")
         cloud = panels["distance"].scatter(*points, s=14, alpha=0.4, **style)
         text = textwrap.fill(text, 44, max_lines=2).replace("$", r"\$")
-        still = f"KL 0: {len(rows) - len(moved)} of {len(rows)} updates"
-        entries.append(((line, cloud), f"{text}\n{still}"))
+        entries.append(
+            ((line, cloud), f"{text}\nKL 0: {len(rows) - len(moved)} of {len(rows)} updates")
+        )
     envs = sorted({variants[text][2].env for text in results})
-    number = max(map(len, results.values()))
-    figure.suptitle(f"{', '.join(envs)}, runs per variant: {number}", weight="bold")
+    figure.suptitle(f"{', '.join(envs)}, seeds: {max(map(len, results.values()))}", weight="bold")
     explain(panels, entries, {gym.spec(env).reward_threshold for env in envs} - {None})
 
 
@@ -293,7 +292,7 @@ def explain(panels, entries, thresholds):
     for axis in panels.values():
         axis.spines[["top", "right"]].set_visible(False)
     panels["legend"].axis("off")
-    note = "Bold: interquartile mean (return), median (KL).\nBand: the middle half. KL 0 has no place on a log axis."
+    note = "Bold: interquartile mean (return), median (KL > 0).\nBand: the middle half."
     look = {"loc": "center left", "frameon": False, "alignment": "left", "fontsize": "small"}
     panels["legend"].legend(*zip(*entries), title=note, markerscale=2, **look)
 

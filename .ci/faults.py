@@ -404,6 +404,7 @@ def killed(script, source, first):
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         Path(folder, f"{script}.py").write_text(source, encoding="utf-8", newline="\n")
         shutil.copy(ROOT / "test_smoke.py", folder)
+        shutil.copy(ROOT / ".ci" / "test_border.py", folder)
         status, test = run_tests(folder, "-k", first)
         if status in (0, 5):  # all pass, or none is selected
             status, test = run_tests(folder)
