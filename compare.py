@@ -239,9 +239,7 @@ def draw(figure, results, variants):
         points = column(shown, "step_norm"), column(shown, "kl")
         cloud = panels["distance"].scatter(*points, s=14, alpha=0.4, **style)
         text = textwrap.fill(text, 44, max_lines=2).replace("$", r"\$")
-        entries.append(
-            ((line, cloud), f"{text}\nKL 0: {len(rows) - len(moved)} of {len(rows)} updates")
-        )
+        entries.append(((line, cloud), f"{text}\nKL 0: {len(rows) - len(moved)} of {len(rows)}"))
     envs = sorted({variants[text][2].env for text in results})
     figure.suptitle(f"{', '.join(envs)}, seeds: {max(map(len, results.values()))}", weight="bold")
     explain(panels, entries, {gym.spec(env).reward_threshold for env in envs} - {None})
@@ -292,7 +290,7 @@ def explain(panels, entries, thresholds):
     for axis in panels.values():
         axis.spines[["top", "right"]].set_visible(False)
     panels["legend"].axis("off")
-    note = "Bold: interquartile mean (return), median (KL > 0).\nBand: the middle half."
+    note = "Bold: interquartile mean (KL: median).\nBand: the middle half. KL 0: updates not shown."
     look = {"loc": "center left", "frameon": False, "alignment": "left", "fontsize": "small"}
     panels["legend"].legend(*zip(*entries), title=note, markerscale=2, **look)
 
@@ -307,7 +305,6 @@ def save(out, results, variants):
     rows = [row for runs in results.values() for run in runs for row in run]
     targets = out, out.with_suffix(".csv")
     parts = [path.with_name(f".{path.name}.{os.getpid()}") for path in targets]
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a moment: results are worth the wait
     try:
         figure.savefig(parts[0], format=out.suffix[1:].lower(), dpi=110)
         with open(parts[1], "w", newline="", encoding="utf-8") as file:
@@ -319,7 +316,6 @@ def save(out, results, variants):
     finally:
         for part in parts:
             part.unlink(missing_ok=True)
-        signal.signal(signal.SIGINT, before)
 
 
 def main(argv=None):
@@ -327,6 +323,7 @@ def main(argv=None):
     options, variants = parse(argv)
     runs = [(text, variants[text][2].seed + n) for n in range(options.seeds) for text in variants]
     rows, ended = run_all(variants, runs, options.jobs)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a moment: results are worth the wait
     problems = [f"failed: {run[0]}, seed {run[1]}: {ended[run]}" for run in runs if ended.get(run)]
     if missing := [f"{text}, seed {seed}" for text, seed in runs if (text, seed) not in ended]:
         problems.append(f"interrupted, {len(missing)} of {len(runs)} missing: {'; '.join(missing)}")

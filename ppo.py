@@ -250,7 +250,7 @@ def train(settings, policy=None):
         row["episode_return"] = float(np.mean(recent[-20:])) if recent else float("nan")
         row["kl"] = kl(log_probs_old, log_probs_new)
         row["entropy"] = -float((np.exp(log_probs_old) * log_probs_old).sum(axis=1).mean())
-        row["step_norm"] = float(np.linalg.norm(policy.theta - theta_old))
+        row["step_norm"] = float(np.linalg.norm(policy.theta - theta_old.astype(float)))
         unexplained, variance = (float(np.var(x, dtype=float)) for x in (targets - values, targets))
         row["explained_variance"] = 1 - unexplained / variance if variance > 0 else 0.0
         row |= {"solved": bool(solved), "seconds": time.perf_counter() - start, **own}

@@ -53,7 +53,7 @@ class Settings:
     watch: bool = option(False, "show the trained policy in a window")
     # The algorithm's own:
     delta: float = option(0.01, "trust region: largest mean KL per update, in nats", 1e-12, 1e6)
-    damping: float = option(0.03, "multiple of the identity added to the Fisher matrix", 0, 1e6)
+    damping: float = option(0.03, "multiple of the identity added to the Fisher matrix", 0, 1e30)
     cg_iterations: int = option(5, "conjugate gradient iterations", 1)
     line_search: bool = option(True, "shorten a step until KL <= delta and L grew")
     backtracks: int = option(10, "how often a step is shortened before it is given up", 0)
@@ -290,7 +290,7 @@ def train(settings, policy=None):
         row["episode_return"] = float(np.mean(recent[-20:])) if recent else float("nan")
         row["kl"] = kl(log_probs_old, log_probs_new)
         row["entropy"] = -float((np.exp(log_probs_old) * log_probs_old).sum(axis=1).mean())
-        row["step_norm"] = float(np.linalg.norm(policy.theta - theta_old))
+        row["step_norm"] = float(np.linalg.norm(policy.theta - theta_old.astype(float)))
         unexplained, variance = (float(np.var(x, dtype=float)) for x in (targets - values, targets))
         row["explained_variance"] = 1 - unexplained / variance if variance > 0 else 0.0
         row |= {"solved": bool(solved), "seconds": time.perf_counter() - start, **own}
