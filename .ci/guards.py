@@ -521,7 +521,7 @@ def interrupted_compare_between(ended, delay, who):
         assert "interrupted" in errors and "missing" in errors, errors
 
 
-@check([0], [0.05], [0.2], [0.5])
+@check([0.05], [0.2], [0.5])
 def interrupted_compare_while_saving(delay):
     folder, status, errors = interrupt_compare(delay, True, 4)
     assert status in (0, 130), (status, errors)
