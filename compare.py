@@ -26,6 +26,7 @@ import multiprocessing
 import shlex
 import signal
 import sys
+import tempfile
 import textwrap
 import time
 import webbrowser
@@ -76,10 +77,9 @@ def parse(argv=None):
     try:
         if min(options.seeds, options.jobs) < 1:
             raise ValueError("--seeds and --jobs must be at least 1")
-        if out.suffix.lower() not in (".png", ".svg", ".pdf"):
-            raise ValueError(f"--out must end in .png, .svg or .pdf, not {out.name!r}")
-        if out.is_dir() or out.with_suffix(".csv").is_dir() or not os.access(out.parent, os.W_OK):
-            raise ValueError(f"--out: {out} cannot be written: does its folder exist?")
+        if out.suffix.lower() not in (".png", ".svg", ".pdf") or out.is_dir():
+            raise ValueError(f"--out must be a file that ends in .png, .svg or .pdf, not {out}")
+        tempfile.TemporaryFile(dir=out.parent).close()  # OSError unless this folder takes files
         variants = {}
         for text in options.variants or ("vpg", "trpo", "ppo"):
             script, *own = shlex.split(text) or [""]
@@ -91,6 +91,8 @@ def parse(argv=None):
         return options, variants
     except ValueError as error:
         parser.error(" ".join(str(error).split()))
+    except OSError as error:
+        parser.error(f"--out: no file can be written in {out.parent}: {error.strerror}")
 
 
 # --- 2. Runs --------------------------------------------------------------------------------------
@@ -124,8 +126,7 @@ def start(script, options, seed):
 
 
 def run_all(variants, runs, jobs):
-    """Run the pairs (variant, seed), `jobs` at a time. Returns {run: rows} of all that started and
-    {run: "" or why it failed} of all that ended: fewer than `runs` after Ctrl-C."""
+    """Run each (variant, seed), `jobs` at a time: {run: rows} and {run: "" or why it failed}."""
     rows, ended, running, began = {}, {}, {}, time.perf_counter()
     try:
         while len(ended) < len(runs):
@@ -144,7 +145,7 @@ def run_all(variants, runs, jobs):
                     ended[run] = message or ("" if rows[run] else "no rows")
                     del running[receiving]
                 progress(variants, runs, rows, run, ended, began)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # `ended` lacks the runs that are missing
         print(file=sys.stderr)
     finally:
         for _, process in running.values():
@@ -235,9 +236,8 @@ def draw(figure, results, variants):
         line = draw_returns(panels["return"], runs, style, thin=len(results) < 5)
         draw_kl(panels["kl"], moved, style)
         shown = moved[:: len(moved) // 1000 + 1]  # of very many every second, third, ...
-        style |= {"marker": MARKERS[number], "linestyle": "-", "linewidths": 0}
-        points = column(shown, "step_norm"), column(shown, "kl")
-        cloud = panels["distance"].scatter(*points, s=14, alpha=0.4, **style)
+        style |= {"marker": MARKERS[number], "linestyle": "-", "lw": 0, "s": 14, "alpha": 0.4}
+        cloud = panels["distance"].scatter(column(shown, "step_norm"), column(shown, "kl"), **style)
         text = textwrap.fill(text, 44, max_lines=2).replace("$", r"\$")
         entries.append(((line, cloud), f"{text}\nKL 0: {len(rows) - len(moved)} of {len(rows)}"))
     envs = sorted({variants[text][2].env for text in results})
@@ -265,10 +265,11 @@ def draw_returns(axis, runs, style, thin):
 
 
 def draw_kl(axis, moved, style):
-    """Median over the updates of all seeds in each 30th of the training."""
-    edges = np.linspace(0, max([row["steps"] for row in moved], default=1), 31)
+    """Median over the updates of all seeds in each 30th of the training (each update if fewer)."""
+    updates, steps = (max([row[key] for row in moved], default=1) for key in ("update", "steps"))
+    edges = np.linspace(0, steps, min(30, updates) + 1)
     window = np.digitize(column(moved, "steps"), edges[1:], right=True)
-    samples = [column(moved, "kl")[window == number] for number in range(30)]
+    samples = [column(moved, "kl")[window == number] for number in range(len(edges) - 1)]
     samples = [values if len(values) else [np.nan] for values in samples]  # nan: a gap
     draw_curve(axis, (edges[1:] + edges[:-1]) / 2, samples, np.median, style)
 
