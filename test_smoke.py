@@ -26,6 +26,8 @@ import numpy as np
 import pytest
 
 HERE = Path(__file__).resolve().parent
+if __name__ == "__main__":  # here, since pytest imports this file again
+    sys.exit(pytest.main([__file__, "--rootdir", str(HERE), *sys.argv[1:]]))
 sys.path.insert(0, str(HERE))
 NAMES = [name for name in ("vpg", "trpo", "ppo") if (HERE / f"{name}.py").exists()]
 if not NAMES:
@@ -151,6 +153,13 @@ def test_script_runs_alone(script, tmp_path):
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, encoding="utf-8", check=False)
     assert (run.returncode, run.stderr) == (0, "")
     assert re.search(r"\ngreedy policy, 100 fresh episodes: \d+\.\d ± \d+\.\d\n$", run.stdout)
+
+
+def test_settings(script):
+    """An impossible value is a ValueError that names it and says what is allowed."""
+    for name, wrong in ("gamma", 1.5), ("steps", 0), ("gae_lambda", float("nan")):
+        with pytest.raises(ValueError, match=f"{name} must be from .* to .*, not {wrong}"):
+            script.Settings(**{name: wrong})
 
 
 # --- Network and policy ---------------------------------------------------------------------------
@@ -311,17 +320,17 @@ def test_clipped_surrogate_gradient(script, clip):
 @only("ppo")
 def test_update_policy_epochs_and_minibatches(script, monkeypatch):
     """Every epoch uses each transition once, in other company; the first with KL > target_kl ends."""
-    calls, batch, kls = record(monkeypatch, script, "policy_gradient"), Batch(script), [0.0]
+    calls, batch = record(monkeypatch, script, "policy_gradient"), Batch(script)
     batch.update(epochs=3, minibatches=4)
     used = np.array([inputs[:, 0] for _, (inputs, *_), *_ in calls])
     assert used.shape == (12, 3) and len({frozenset(part) for part in used.tolist()}) == 12
     assert (np.sort(used.reshape(3, 12)) == np.sort(batch.observations[:, 0])).all()
-    for epochs in (1, 2, 3):  # here the KL grows from epoch to epoch
-        batch, stopped = Batch(script), Batch(script)
-        own = {"learning_rate": 0.01, "minibatches": 1}
-        kls.append(batch.kl(batch.theta + batch.update(epochs=epochs, **own)[0]))
-        step, figures = stopped.update(epochs=9, target_kl=np.mean(kls[-2:]), **own)
-        assert figures["epochs"] == epochs and (step == batch.policy.theta - batch.theta).all()
+    own = {"learning_rate": 0.01, "minibatches": 1}  # so that the KL grows from epoch to epoch
+    for epochs in (1, 2, 3):
+        batch = Batch(script)
+        kl = batch.kl(batch.theta + batch.update(epochs=epochs, **own)[0])
+        for target_kl, enough in (kl * (1 - 1e-9), epochs), (kl * (1 + 1e-9), epochs + 1):
+            assert Batch(script).update(epochs=9, target_kl=target_kl, **own)[1]["epochs"] == enough
 
 
 # --- The update: TRPO -----------------------------------------------------------------------------
@@ -487,7 +496,3 @@ def test_evaluate(script):
         assert np.array_equal(returns, played * (played + 1) / 2 + 2 * played)
         assert cut == (lengths > cap).sum()
     assert begun[0] == begun[1] and not begun[0] & begun[2]
-
-
-if __name__ == "__main__":
-    sys.exit(pytest.main([__file__, "--rootdir", str(HERE), *sys.argv[1:]]))

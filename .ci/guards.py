@@ -610,6 +610,7 @@ def watch_without_display(script, driver):
         raise Skip("there is always a display")
     hidden = "DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER"
     env = {key: value for key, value in environment().items() if key not in hidden}
+    env |= {"XDG_RUNTIME_DIR": str(TEMP)}  # or the window library complains of its absence
     env |= {"SDL_VIDEODRIVER": "dummy"} if driver == "dummy" else {}
     # pygame itself warns of its dependencies: only our own warnings count here
     status, output, errors = train(script, "--watch", env=env | {"PYGAME_HIDE_SUPPORT_PROMPT": "1"})
