@@ -4,13 +4,13 @@
 # ///
 """Proximal policy optimization (PPO-Clip): many small steps on each batch, but not too far.
 
-Old experience tells how good a new policy is by the ratio r = pi(a|s; theta) / pi(a|s; theta_old);
+Old experience (policy theta_old) rates a new policy by r = pi(a|s; theta) / pi(a|s; theta_old);
 PPO maximizes a clipped estimate, whose gradient is 0 once r went far enough where A wants it:
 
     L(theta)  =  mean of  min( r * A,  clip(r, 1 - clip, 1 + clip) * A )
 
     repeat:  run the policy for a batch of steps                              (section 4)
-             estimate the advantages A from the rewards and V                 (section 5)
+             estimate A, how much better a was than V(s), the mean return     (section 5)
              several times, for each minibatch of the batch:
                  theta <- theta + Adam step along the gradient of L           (section 6)
              fit V to the estimated returns                                   (section 5)
@@ -47,12 +47,12 @@ class Settings:
     gamma: float = option(0.98, "discount factor", 0, 1)
     gae_lambda: float = option(0.99, "GAE: 0 trusts the value function, 1 the returns", 0, 1)
     hidden: int = option(64, "units in each of the two hidden layers", 1)
-    value_learning_rate: float = option(1e-2, "Adam's step for the value function", 0, 1e30)
+    value_learning_rate: float = option(1e-2, "initial Adam step for V; falls to 0", 0, 1e30)
     value_epochs: int = option(8, "passes over each batch to fit the value function", 0)
-    minibatches: int = option(5, "parts into which such a pass splits the shuffled batch", 1)
+    minibatches: int = option(5, "parts into which any pass splits the shuffled batch", 1)
     watch: bool = option(False, "show the trained policy in a window")
     # The algorithm's own:
-    learning_rate: float = option(4e-3, "Adam's step for the policy", 0, 1e30)
+    learning_rate: float = option(4e-3, "initial Adam step for the policy; falls to 0", 0, 1e30)
     epochs: int = option(4, "passes over each batch to improve the policy", 1)
     clip: float = option(0.2, "ratios may pay off from 1 - clip to 1 + clip; inf: any", 0)
     target_kl: float = option(float("inf"), "no further epochs once KL exceeds this", 0)
@@ -114,7 +114,7 @@ def adam(network, gradient, learning_rate):
 
 # --- 3. Policy ------------------------------------------------------------------------------------
 def log_softmax(logits):
-    """log pi(a|s) [B states, A actions]. Subtracting the maximum keeps exp from overflowing."""
+    """log pi(a|s) [B states, K actions]. Subtracting the maximum keeps exp from overflowing."""
     shifted = logits - logits.max(axis=1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
 
@@ -127,7 +127,7 @@ def kl(log_probs_old, log_probs_new):
 def policy_gradient(policy, activations, log_probs, actions, weights):
     """Gradient in theta [P] of the mean of weights * log pi(a|s), with weights [B], say A."""
     onehot = np.eye(log_probs.shape[1], dtype=log_probs.dtype)[actions]
-    grad_log_prob = onehot - np.exp(log_probs)  # of the chosen actions, in the logits [B, A]
+    grad_log_prob = onehot - np.exp(log_probs)  # of the chosen actions, in the logits [B, K]
     return backward(policy, activations, weights[:, None] * grad_log_prob / len(actions))
 
 
@@ -172,7 +172,7 @@ def experience(env, policy, horizon, finished, rng):
         yield states, actions, rewards.astype(np.float32), *flags
 
 
-# --- 5. Advantages and values ---------------------------------------------------------------------
+# --- 5. Advantages (generalized advantage estimation, GAE) and values -----------------------------
 def gae(rewards, values, terminated, truncated, resetting, gamma, gae_lambda):
     """A_t = d_t + gamma lambda A_{t+1}, d_t = r_t + gamma V(s_{t+1}) - V(s_t), V(terminal) = 0,
     A_{t+1} = 0 past an episode's or the batch's end. (Schulman et al. 2016, equation 16.)"""
@@ -211,7 +211,7 @@ def update_policy(policy, observations, actions, advantages, settings, decay, rn
             weights = ratio * clipped_surrogate_gradient(ratio, advantages[chosen], settings.clip)
             gradient = policy_gradient(policy, activations, log_probs, actions[chosen], weights)
             adam(policy, gradient, decay * settings.learning_rate)
-            clipped.append(np.abs(ratio - 1) > settings.clip)
+            clipped.append(np.abs(ratio - 1) > settings.clip)  # even where the gradient is not 0
         if kl(log_probs_old, log_softmax(forward(policy, observations)[0])) > settings.target_kl:
             break
     return {"clip_fraction": float(np.concatenate(clipped).mean()), "epochs": epoch}
@@ -219,9 +219,9 @@ def update_policy(policy, observations, actions, advantages, settings, decay, rn
 
 # --- 7. Training ----------------------------------------------------------------------------------
 def train(settings, policy=None):
-    """Improve a policy; yield figures per update. FloatingPointError if they are not finite."""
+    """Improve a policy; yield figures per update. FloatingPointError if weights are not finite."""
     start, update, steps, solved, finished = time.perf_counter(), 0, 0, False, []
-    np.empty(2**21)  # freed at once: after so large an array, Linux recycles memory (10 % faster)
+    np.empty(2**21)  # freed at once: Linux then recycles memory (8 % faster, TRPO 19 %)
     policy = policy or initial_policy(settings)
     _, value_rng, env_rng, rng = np.random.default_rng(settings.seed).spawn(4)  # _: policy's
     value = initial_network(value_rng, (policy.sizes[0], settings.hidden, 1), 1.0)
@@ -237,7 +237,7 @@ def train(settings, policy=None):
         advantages, values = advantages[real], values[:-1][real]
         targets, advantages = advantages + values, advantages - advantages.mean()
         rounding = 1e-5 * max(1.0, np.abs(targets).max())  # a smaller spread is no signal
-        advantages *= 1 / advantages.std() if advantages.std() > rounding else 0  # 0: no step
+        advantages *= 1 / advantages.std() if advantages.std() > rounding else 0  # 0: no gradient
         theta_old, decay = policy.theta.copy(), 1 - steps / settings.steps  # of the learning rates
         log_probs_old = log_softmax(forward(policy, observations)[0])
         own = update_policy(policy, observations, actions, advantages, settings, decay, rng)
@@ -252,7 +252,7 @@ def train(settings, policy=None):
         row["entropy"] = -float((np.exp(log_probs_old) * log_probs_old).sum(axis=1).mean())
         row["step_norm"] = float(np.linalg.norm(policy.theta - theta_old.astype(float)))
         unexplained, variance = (float(np.var(x, dtype=float)) for x in (targets - values, targets))
-        row["explained_variance"] = 1 - unexplained / variance if variance > 0 else 0.0
+        row["explained_variance"] = 1 - unexplained / variance if variance > rounding**2 else 0.0
         row |= {"solved": bool(solved), "seconds": time.perf_counter() - start, **own}
         if not np.isfinite([row["kl"], *own.values(), policy.theta.sum(), value.theta.sum()]).all():
             raise FloatingPointError(f"update {update} is no longer finite: take smaller steps")
@@ -272,7 +272,7 @@ def evaluate(policy, env, seed, cap=1000):
 
 
 def parse(argv=None):
-    """The command line as Settings. For a mistake: one line on standard error, exit status 2."""
+    """The command line as Settings. For a mistake: usage and error on stderr, exit status 2."""
     parser = ArgumentParser(os.path.basename(__file__), description=__doc__.split("\n")[0])
     for setting in fields(Settings):
         switch = {"action": BooleanOptionalAction}

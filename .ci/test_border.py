@@ -109,5 +109,5 @@ def test_train_counts_returns_and_ignores_rounding(script, monkeypatch):
     assert np.isnan(rows[0]["episode_return"])
     assert [row["episode_return"] for row in rows[1:]] == [500, 450, 450, 0]
     assert [row["solved"] for row in rows] == [False, False, False, True, True]
-    assert rows[0]["explained_variance"] == rows[2]["explained_variance"] == 0
+    assert not any(row["explained_variance"] for row in rows)
     assert not any(row["kl"] or row["step_norm"] for row in rows)
