@@ -111,3 +111,17 @@ def test_train_counts_returns_and_ignores_rounding(script, monkeypatch):
     assert [row["solved"] for row in rows] == [False, False, False, True, True]
     assert not any(row["explained_variance"] for row in rows)
     assert not any(row["kl"] or row["step_norm"] for row in rows)
+
+
+def test_train_explains_nothing_where_targets_do_not_vary(script, monkeypatch):
+    """One-step episodes with reward 1 in random states: V varies, the targets only by rounding."""
+
+    def one_step(env, policy, horizon, finished, rng):
+        no = np.zeros((50, 1), bool)
+        while True:
+            states = rng.standard_normal((51, 1, 4)).astype(np.float32)
+            yield states, no.astype(int), np.ones((50, 1), np.float32), ~no, no, no
+
+    monkeypatch.setattr(script, "experience", one_step)
+    rows = list(script.train(script.Settings(steps=150)))
+    assert [row["explained_variance"] for row in rows] == [0, 0, 0]
