@@ -2,10 +2,10 @@
 
     python .ci/faults.py            every fault of the list below
     python .ci/faults.py --empty    the body of every function of every script, emptied
-    python .ci/faults.py -k WORD    only faults whose description holds WORD
+    python .ci/faults.py -k WORD    only faults whose script or description holds WORD
 
-Each copy lies in a folder of its own with test_smoke.py and no other script, so that a test that
-compares the scripts with each other cannot be the one that notices.
+Each copy lies in a folder of its own with its tests and no other script, so that a test that
+compares the scripts with each other cannot be the one that notices. (compare.py needs the scripts.)
 """
 
 import ast
@@ -359,6 +359,147 @@ FAULTS = [
         "if kl(log_probs_old, log_softmax(",
         "if 0 * kl(log_probs_old, log_softmax(",
     ),
+    # compare.py, the laboratory.
+    (
+        "a variant's own options give way to those of all",
+        "compare",
+        "parse",
+        "shared + own",
+        "own + shared",
+    ),
+    (
+        "all runs with the same seed",
+        "compare",
+        "data",
+        "module.parse(options), seed=seed)",
+        "module.parse(options), seed=0)",
+    ),
+    ("the variant's own seed forgotten", "compare", "data", "variants[text][2].seed + n", "n"),
+    (
+        "a failed run counted as finished",
+        "compare",
+        "failing",
+        'if ended.get(run) == ""]',
+        "if run in ended]",
+    ),
+    (
+        "status 0 although a run failed",
+        "compare",
+        "failing",
+        "130 if missing else 1 if problems else 0",
+        "130 if missing else 0",
+    ),
+    (
+        "an interrupt loses what has finished",
+        "compare",
+        "interrupt",
+        "except KeyboardInterrupt:  # `ended`",
+        "except OSError:  # `ended`",
+    ),
+    ("processes left after an interrupt", "compare", "interrupt", "process.terminate()", "pass"),
+    (
+        "rows in the order in which they came",
+        "compare",
+        "data",
+        "for run in finished if run[0] == text] for text in variants}",
+        "for run in finished if run[0] == text] for text in sorted(variants)}",
+    ),
+    (
+        "columns of the first row only",
+        "compare",
+        "data",
+        "dict.fromkeys(key for row in rows for key in row))",
+        'list(rows[0]), extrasaction="ignore")',
+    ),
+    ("interquartile mean: an eighth left out", "compare", "interquartile_mean", "// 4", "// 8"),
+    (
+        "a collapse counted at each update of a fall",
+        "compare",
+        "collapses",
+        "count, recovered = count + 1, None",
+        "count += 1",
+    ),
+    (
+        "a collapse: half of the return, not of the gain",
+        "compare",
+        "collapses",
+        "max(returns[: now + 1]) - returns[0]) / 2",
+        "max(returns[: now + 1])) / 2",
+    ),
+    (
+        "slow declines counted as collapses",
+        "compare",
+        "collapses",
+        "max(recovered, now - 10)",
+        "recovered",
+    ),
+    ("noise counted as a collapse", "compare", "collapses", "2 * half > smallest", "2 * half > 0"),
+    (
+        "first instead of last return in the table",
+        "compare",
+        "table",
+        "last = [values[-1]",
+        "last = [values[0]",
+    ),
+    (
+        "steps of the last update as the steps to solved",
+        "compare",
+        "table",
+        'run[column(run, "solved").argmax()]["steps"]',
+        'run[-1]["steps"]',
+    ),
+    ("mean instead of median KL", "compare", "table", "np.median(kl)", "np.mean(kl)"),
+    (
+        "updates that moved nothing drawn on the log axis",
+        "compare",
+        "picture",
+        'if row["kl"] > NOISE]',
+        "]",
+    ),
+    (
+        "KL drawn without the log axis",
+        "compare",
+        "picture",
+        'ylabel=kl, yscale="log")',
+        "ylabel=kl)",
+    ),
+    (
+        "another color in the cloud",
+        "compare",
+        "picture",
+        'style |= {"marker"',
+        'style |= {"color": "red", "marker"',
+    ),
+    (
+        "the mean over seeds as the bold curve",
+        "compare",
+        "picture",
+        "samples, interquartile_mean, style)",
+        "samples, np.max, style)",
+    ),
+    ("the marks forgotten", "compare", "picture", "axis.axhline(height,", "axis.axhline(1,"),
+    (
+        "all lines thin although there are eight variants",
+        "compare",
+        "picture",
+        "len(results) < 5",
+        "True",
+    ),
+    ("a picture of another size", "compare", "picture", "dpi=110", "dpi=100"),
+    (
+        "progress: time left counts runs, not steps",
+        "compare",
+        "progress",
+        'part[-1]["steps"] / variants[key[0]][2].steps',
+        "1",
+    ),
+    (
+        "progress: a line for every row",
+        "compare",
+        "progress",
+        '(not terminal and ended.get(run) != "")',
+        "False",
+    ),
 ]
 
 
@@ -403,9 +544,13 @@ def killed(script, source, first, alone=False):
     """The test that fails for this source, tried first the tests that `first` selects; or None."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         Path(folder, f"{script}.py").write_text(source, encoding="utf-8", newline="\n")
-        shutil.copy(ROOT / "test_smoke.py", folder)
-        if not alone:  # what is handed out is a script and test_smoke.py, nothing else
-            shutil.copy(ROOT / ".ci" / "test_border.py", folder)
+        beside = ["test_smoke.py"]  # what is handed out is a script and its tests, nothing else
+        if script == "compare":
+            beside = ["vpg.py", "trpo.py", "ppo.py", ".ci/test_compare.py"]
+        elif not alone:
+            beside += [".ci/test_border.py"]
+        for name in beside:
+            shutil.copy(ROOT / name, folder)
         status, test = run_tests(folder, "-k", first)
         if status in (0, 5):  # all pass, or none is selected
             status, test = run_tests(folder)
@@ -417,7 +562,7 @@ def killed(script, source, first, alone=False):
 def sound(script):
     """Whether all tests pass for a script as it is, alone in a folder."""
     source = (ROOT / f"{script}.py").read_text(encoding="utf-8")
-    test = killed(script, source, "gae")
+    test = killed(script, source, "gae or parse")
     if test:
         print(f"{script}.py: fails without any fault: {test}")
     return not test
@@ -430,7 +575,7 @@ def listed(word):
             source = (ROOT / f"{script}.py").read_text(encoding="utf-8")
             if right not in source:
                 sys.exit(f"{script}.py: the fault {name!r} no longer applies; not found: {right}")
-            if word in name:
+            if word in f"{script}.py {name}":
                 yield name, script, source.replace(right, wrong), first
 
 
@@ -455,7 +600,7 @@ def main():
     faults = list(empty_bodies(options.k) if options.empty else listed(options.k))
     survived = 0
     with ThreadPoolExecutor(2) as pool:
-        if not all(pool.map(sound, SCRIPTS)):
+        if not all(pool.map(sound, dict.fromkeys(script for _, script, *_ in faults))):
             return 1
         tests = pool.map(lambda fault: killed(*fault[1:], alone=options.empty), faults)
         for (name, script, *_), test in zip(faults, tests):
