@@ -39,9 +39,9 @@ def option(default, meaning, low=None, high=float("inf")):
 class Settings:
     """Everything that can be chosen. Raises ValueError for a value that is out of range."""
 
-    env: str = option("CartPole-v1", "Gymnasium environment: Box observations, Discrete actions")
+    env: str = option("CartPole-v1", "Gymnasium environment: 1-D observations, Discrete actions")
     seed: int = option(0, "seed of all random numbers", 0)
-    steps: int = option(150_000, "environment steps in all", 1)
+    steps: int = option(150_000, "environment steps; the last batch is completed", 1)
     num_envs: int = option(8, "environments that run side by side", 1)
     horizon: int = option(160, "calls of each environment per batch", 2)
     gamma: float = option(0.98, "discount factor", 0, 1)
@@ -94,7 +94,7 @@ def forward(network, inputs):
 
 
 def backward(network, activations, grad_outputs):
-    """Backpropagation: from a loss's gradient in the outputs [B, outputs] to that in theta [P]."""
+    """Backpropagation: from an objective's gradient in the outputs [B, outputs] to theta's [P]."""
     inputs, hidden1, hidden2 = activations
     grad_hidden2 = (grad_outputs @ network.W3.T) * (1 - hidden2**2)  # tanh' = 1 - tanh^2
     grad_hidden1 = (grad_hidden2 @ network.W2.T) * (1 - hidden1**2)
@@ -104,7 +104,7 @@ def backward(network, activations, grad_outputs):
 
 
 def adam(network, gradient, learning_rate):
-    """Uphill by learning_rate * mean / sqrt(mean square) of the gradients (Kingma & Ba 2015)."""
+    """Uphill by learning_rate * mean / sqrt(mean square), both moving (Kingma & Ba 2015, end of 2)."""
     network.updates += 1
     network.mean += (1 - 0.9) * (gradient - network.mean)
     network.square += (1 - 0.999) * (gradient**2 - network.square)
@@ -125,7 +125,7 @@ def kl(log_probs_old, log_probs_new):
 
 
 def policy_gradient(policy, activations, log_probs, actions, weights):
-    """Gradient in theta [P] of the mean of weights * log pi(a|s), with weights [B], say A."""
+    """Gradient in theta [P] of the mean of weights [B], such as A, times log pi(a|s)."""
     onehot = np.eye(log_probs.shape[1], dtype=log_probs.dtype)[actions]
     grad_log_prob = onehot - np.exp(log_probs)  # of the chosen actions, in the logits [B, K]
     return backward(policy, activations, weights[:, None] * grad_log_prob / len(actions))
@@ -133,14 +133,14 @@ def policy_gradient(policy, activations, log_probs, actions, weights):
 
 # --- 4. Experience --------------------------------------------------------------------------------
 def make_env(settings, num_envs, **how):
-    """num_envs copies of the environment, stepped together. ValueError if it is not our kind."""
+    """num_envs copies of the environment, stepped together. ValueError if it does not fit."""
     try:
         env = gym.make_vec(settings.env, num_envs, **how)
-    except (gym.error.Error, ImportError) as error:
+    except (gym.error.Error, ImportError, TypeError) as error:
         raise ValueError(f"env must be an installed environment, not {settings.env!r}: {error}")
     states, actions = env.single_observation_space, env.single_action_space
     if len(states.shape or ()) != 1 or type(actions) is not gym.spaces.Discrete or actions.start:
-        kind = "a one-dimensional Box observation and Discrete actions from 0"
+        kind = "one-dimensional observations and Discrete actions from 0"
         raise ValueError(f"env must have {kind}; {settings.env} has {states} and {actions}")
     return env
 
@@ -153,8 +153,8 @@ def initial_policy(settings):
 
 
 def experience(env, policy, horizon, finished, rng):
-    """Endless batches (T calls of N environments): observations [T + 1, N, D]; actions, rewards,
-    terminated, truncated, resetting [T, N] (the call after an end: a mere reset, no transition)."""
+    """Endless batches: observations [T + 1, N, D], an episode's last one included; actions, rewards,
+    terminated, truncated, resetting (a mere reset, after an end) [T, N]. `finished` gets returns."""
     observations, _ = env.reset(seed=int(rng.integers(2**31)))
     ended, returns = np.zeros(env.num_envs, bool), np.zeros(env.num_envs)
     while True:
@@ -165,7 +165,7 @@ def experience(env, policy, horizon, finished, rng):
             following, rewards, terminated, truncated, _ = env.step(actions)
             calls.append((observations, actions, rewards, terminated, truncated, ended))
             observations, ended, returns = following, terminated | truncated, returns + rewards
-            finished.extend(returns[ended])  # for the statistics
+            finished.extend(returns[ended])
             returns[ended] = 0
         states, actions, rewards, *flags = (np.array(column) for column in zip(*calls))
         states = np.concatenate([states, observations[None]], dtype=np.float32)
@@ -174,10 +174,10 @@ def experience(env, policy, horizon, finished, rng):
 
 # --- 5. Advantages (generalized advantage estimation, GAE) and values -----------------------------
 def gae(rewards, values, terminated, truncated, resetting, gamma, gae_lambda):
-    """A_t = d_t + gamma lambda A_{t+1}, d_t = r_t + gamma V(s_{t+1}) - V(s_t), V(terminal) = 0,
-    A_{t+1} = 0 past an episode's or the batch's end. (Schulman et al. 2016, equation 16.)"""
+    """A_t = d_t + gamma lambda A_{t+1}, d_t = r_t + gamma V(s_{t+1}) - V(s_t), V(terminal) = 0;
+    A is 0 past an end and in mere resets. values [T + 1, N]. (Schulman et al. 2016, section 3.)"""
     deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]
-    goes_on = ~(terminated | truncated | resetting)
+    goes_on = ~(terminated | truncated)
     advantages, following = np.zeros_like(deltas), np.zeros_like(deltas[0])
     for t in reversed(range(len(deltas))):
         following = advantages[t] = deltas[t] + gamma * gae_lambda * following * goes_on[t]
@@ -223,7 +223,7 @@ def train(settings, policy=None):
     start, update, steps, solved, finished = time.perf_counter(), 0, 0, False, []
     np.empty(2**21)  # freed at once: Linux then recycles memory (8 % faster, TRPO 19 %)
     policy = policy or initial_policy(settings)
-    _, value_rng, env_rng, rng = np.random.default_rng(settings.seed).spawn(4)  # _: policy's
+    _, value_rng, env_rng, rng = np.random.default_rng(settings.seed).spawn(4)  # _: first policy
     value = initial_network(value_rng, (policy.sizes[0], settings.hidden, 1), 1.0)
     env = make_env(settings, settings.num_envs)
     threshold = env.spec.reward_threshold
@@ -243,7 +243,6 @@ def train(settings, policy=None):
         own = update_policy(policy, observations, actions, advantages, settings, decay, rng)
         log_probs_new = log_softmax(forward(policy, observations)[0])
         fit_value(value, observations, targets, settings, decay * settings.value_learning_rate, rng)
-
         update, steps, recent = update + 1, steps + len(actions), finished[-100:]
         solved |= threshold is not None and len(recent) == 100 and np.mean(recent) >= threshold
         row = {"update": update, "steps": steps}
@@ -261,7 +260,7 @@ def train(settings, policy=None):
 
 # --- 8. Evaluation and command line ---------------------------------------------------------------
 def evaluate(policy, env, seed, cap=1000):
-    """Returns [N] of the greedy policy, one episode in each copy; how many were cut at the cap."""
+    """Returns [N] of one episode in each copy, always the likeliest action; how many hit the cap."""
     observations, _ = env.reset(seed=int(np.random.default_rng(seed).integers(2**31)))
     returns, running = np.zeros(env.num_envs), np.ones(env.num_envs, bool)
     while running.any() and cap > 0:
@@ -273,10 +272,9 @@ def evaluate(policy, env, seed, cap=1000):
 
 def parse(argv=None):
     """The command line as Settings. For a mistake: usage and error on stderr, exit status 2."""
-    parser = ArgumentParser(os.path.basename(__file__), description=__doc__.split("\n")[0])
+    parser = ArgumentParser(os.path.basename(__file__), "%(prog)s [option]", __doc__.split("\n")[0])
     for setting in fields(Settings):
-        switch = {"action": BooleanOptionalAction}
-        kind = switch if setting.type is bool else {"type": setting.type}
+        kind = {"action": BooleanOptionalAction} if setting.type is bool else {"type": setting.type}
         text = setting.metadata["meaning"] + " (default: %(default)s)"
         name = "--" + setting.name.replace("_", "-")
         parser.add_argument(name, default=setting.default, help=text, **kind)
@@ -303,18 +301,20 @@ if __name__ == "__main__":
                 print(*(f"{cell:>9}" for cell in cells), flush=True)
         env = make_env(settings, 100)
         if env.spec.reward_threshold is not None:
-            print(f"{env.spec.reward_threshold:g} in 100 training episodes, on average: {solved}")
+            print(f"mean of 100 training episodes at {env.spec.reward_threshold:g}: {solved}")
         returns, cut = evaluate(policy, env, settings.seed)
-        result = f"{returns.mean():.1f} ± {returns.std():.1f}"
-        result += f" ({cut} episodes were cut off at 1000 steps)" if cut else ""
-        print(f"greedy policy, 100 fresh episodes: {result}")
+        result = f"greedy policy, 100 fresh episodes: {returns.mean():.1f} ± {returns.std():.1f}"
+        print(result + (f" ({cut} episodes were cut off at 1000 steps)" if cut else ""), flush=True)
         if settings.watch:
             env = make_env(settings, 1, vectorization_mode="sync", render_mode="human")
-            evaluate(policy, env, settings.seed, cap=1)  # opens the window, or pretends to
+            env.reset()  # opens the window, or pretends to
             pygame = sys.modules.get("pygame")
-            if pygame and pygame.display.get_driver() in ("dummy", "offscreen"):
+            hidden = pygame and pygame.display.get_driver() in ("dummy", "offscreen")
+            evaluate(policy, env, settings.seed, cap=0 if hidden else 1000)
+            env.close()
+            if hidden:
                 raise RuntimeError("--watch needs a display (on Linux, set DISPLAY)")
-            evaluate(policy, env, settings.seed)
-    except (KeyboardInterrupt, ValueError, ArithmeticError, RuntimeError, gym.error.Error) as error:
-        print(str(error) or "interrupted", file=sys.stderr)
-        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)  # 128 + signal 2, as shells count
+    except (ValueError, ArithmeticError, RuntimeError, MemoryError, OSError, gym.error.Error) as e:
+        sys.exit(" ".join(str(e).split()) or type(e).__name__)

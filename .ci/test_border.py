@@ -97,7 +97,7 @@ def test_train_counts_returns_and_ignores_rounding(script, monkeypatch):
     rounding teach nothing, whatever their size. Where targets do not vary, none of it is explained."""
 
     def constant(env, policy, horizon, finished, rng):
-        played = [], [0.0] * 30 + [500.0] * 50, [450.0] * 49, [450.0], [0.0] * 60
+        played = [], [0.0] * 30 + [500.0] * 50, [450.0] * 49, [450.0], [0.0] * 50 + [20.0] * 10
         for returns, size in zip(played, (0, 1, 0, 1e6, 1e-3)):
             finished.extend(returns)
             rewards = (size * (1 + 1e-7 * rng.random((50, 1)))).astype(np.float32)
@@ -107,7 +107,7 @@ def test_train_counts_returns_and_ignores_rounding(script, monkeypatch):
     monkeypatch.setattr(script, "experience", constant)
     rows = list(script.train(script.Settings(steps=250)))
     assert np.isnan(rows[0]["episode_return"])
-    assert [row["episode_return"] for row in rows[1:]] == [500, 450, 450, 0]
+    assert [row["episode_return"] for row in rows[1:]] == [500, 450, 450, 10]
     assert [row["solved"] for row in rows] == [False, False, False, True, True]
     assert not any(row["explained_variance"] for row in rows)
     assert not any(row["kl"] or row["step_norm"] for row in rows)
@@ -125,3 +125,17 @@ def test_train_explains_nothing_where_targets_do_not_vary(script, monkeypatch):
     monkeypatch.setattr(script, "experience", one_step)
     rows = list(script.train(script.Settings(steps=150)))
     assert [row["explained_variance"] for row in rows] == [0, 0, 0]
+
+
+def test_train_uses_its_settings(script, monkeypatch):
+    """Sizes of both networks, minibatches and epochs of the value function, copies and horizon."""
+    names = "initial_network", "fit_value", "experience"
+    made, _, played = (record(monkeypatch, script, name) for name in names)
+    steps = record(monkeypatch, script, "adam")
+    settings = script.Settings("Varied-v0", steps=1, hidden=9, num_envs=3, horizon=21)
+    settings.value_epochs, settings.minibatches = 2, 4
+    next(script.train(settings))
+    sizes = [[x for x in call if isinstance(x, tuple)] for call in made]
+    assert sizes == [[(3, 9, 4)], [(3, 9, 1)]] and [call[2] for call in made] == [0.01, 1.0]
+    assert played[0][0].num_envs == 3 and played[0][2] == 21
+    assert sum(network.sizes[2] == 1 for network, *_ in steps) == 2 * 4
