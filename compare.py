@@ -77,17 +77,16 @@ def parse(argv=None):
     try:
         if min(options.seeds, options.jobs) < 1:
             raise ValueError("--seeds and --jobs must be at least 1")
-        if out.suffix.lower() not in (".png", ".svg", ".pdf") or out.is_dir():
+        if out.suffix.lower() not in (".png", ".svg", ".pdf"):
             raise ValueError(f"--out must be a file that ends in .png, .svg or .pdf, not {out}")
+        if out.is_dir() or out.with_suffix(".csv").is_dir():
+            raise ValueError(f"--out: {out} and {out.stem}.csv must not be folders")
         tempfile.TemporaryFile(dir=out.parent).close()  # OSError unless this folder takes files
         variants = {}
         for text in options.variants or ("vpg", "trpo", "ppo"):
             script, *own = shlex.split(text) or [""]
-            variants[" ".join(text.split())] = (
-                script,
-                shared + own,
-                load(script).parse(shared + own),
-            )
+            settings = load(script).parse(shared + own)  # a mistake in a variant ends here
+            variants[" ".join(text.split())] = script, shared + own, settings
         return options, variants
     except ValueError as error:
         parser.error(" ".join(str(error).split()))
@@ -148,6 +147,7 @@ def run_all(variants, runs, jobs):
     except KeyboardInterrupt:  # `ended` lacks the runs that are missing
         print(file=sys.stderr)
     finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a moment: results are worth the wait
         for _, process in running.values():
             process.terminate()
             process.join()
@@ -324,7 +324,6 @@ def main(argv=None):
     options, variants = parse(argv)
     runs = [(text, variants[text][2].seed + n) for n in range(options.seeds) for text in variants]
     rows, ended = run_all(variants, runs, options.jobs)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a moment: results are worth the wait
     problems = [f"failed: {run[0]}, seed {run[1]}: {ended[run]}" for run in runs if ended.get(run)]
     if missing := [f"{text}, seed {seed}" for text, seed in runs if (text, seed) not in ended]:
         problems.append(f"interrupted, {len(missing)} of {len(runs)} missing: {'; '.join(missing)}")

@@ -1,5 +1,8 @@
 """What guards rather than teaches: settings, command line, seeds, figures that are not finite."""
 
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before NumPy, as in the scripts
 import sys
 from dataclasses import fields
 from pathlib import Path

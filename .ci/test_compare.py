@@ -1,5 +1,8 @@
 """What compare.py does: variants, runs, data, table and picture, with real and with toy scripts."""
 
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before NumPy, as in the scripts
 import csv
 import importlib
 import multiprocessing
@@ -141,6 +144,8 @@ WRONG = {
     "--jobs=-1": "at least 1",
     "--steps=0": "steps must be from 1",
     "--out=x.gif": "must be a file that ends in .png, .svg or .pdf",
+    "--out=picture.png": "picture.png and picture.csv must not be folders",
+    "--out=data.png": "data.png and data.csv must not be folders",
     "--out=nowhere/x.png": "no file can be written in nowhere",
 }
 
@@ -148,10 +153,13 @@ WRONG = {
 @pytest.mark.parametrize("wrong", WRONG)
 def test_parse_refuses_before_anything_runs(wrong, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    there = Path("picture.png"), Path("data.csv")
+    for folder in there:
+        folder.mkdir()
     with pytest.raises(SystemExit) as stopped:
         compare.main(["vpg", wrong])
     printed = capsys.readouterr()
-    assert stopped.value.code == 2 and not printed.out and not list(tmp_path.iterdir())
+    assert stopped.value.code == 2 and not printed.out and {*Path().iterdir()} == {*there}
     assert WRONG[wrong] in printed.err.splitlines()[-1]
 
 
