@@ -9,7 +9,7 @@
     python compare.py vpg "vpg --learning-rate 0.1" --seeds 10 --out cliff.pdf
 
 A variant is the name of a script and its options, in quotes; one that is given twice runs once.
-Results: a table, a picture (compare.png) and every row of every run (compare.csv). The picture:
+Results: a table, a picture (compare.png), the rows of all finished runs (compare.csv). The picture:
 
     return over environment steps     does it learn, and does it forget again?
     KL over environment steps         how far does each update move the policy?
@@ -37,7 +37,7 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 
-NOISE = 1e-7  # a float32 KL up to this is rounding: the update moved nothing
+NOISE = 1e-7  # a float32 KL up to this is rounding: the behavior stayed the same
 NEEDED = {"update", "steps", "episode_return", "kl", "step_norm", "solved", "seconds"}
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442"]
 LINES = ["-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (3, 1)), (0, (9, 2)), (0, (5, 1))]
@@ -62,7 +62,8 @@ def load(name):
 
 def parse(argv=None):
     """Options and {variant: (script, options, Settings)}. A mistake: one line, exit status 2."""
-    parser = argparse.ArgumentParser("compare.py", description=__doc__.split("\n")[0])
+    usage, meaning = '%(prog)s [options] ["SCRIPT ITS OPTIONS" ...]', __doc__.split("\n")[0]
+    parser = argparse.ArgumentParser("compare.py", usage, meaning)
     add = parser.add_argument
     add("variants", nargs="*", metavar="VARIANT", help='script, options: "ppo --clip inf"')
     add("--seeds", type=int, default=5, help="runs of each variant (default: %(default)s)")
@@ -75,12 +76,11 @@ def parse(argv=None):
     given, out = {"steps": options.steps, "env": options.env}, options.out
     shared = [f"--{name}={value}" for name, value in given.items() if value is not None]
     try:
-        if min(options.seeds, options.jobs) < 1:
-            raise ValueError("--seeds and --jobs must be at least 1")
-        if out.suffix.lower() not in (".png", ".svg", ".pdf"):
-            raise ValueError(f"--out must be a file that ends in .png, .svg or .pdf, not {out}")
-        if out.is_dir() or out.with_suffix(".csv").is_dir():
-            raise ValueError(f"--out: {out} and {out.stem}.csv must not be folders")
+        if not 1 <= options.seeds <= 1000 or options.jobs < 1:
+            raise ValueError("--seeds must be from 1 to 1000, --jobs at least 1")
+        unknown = out.suffix.lower() not in (".png", ".svg", ".pdf")
+        if unknown or out.is_dir() or out.with_suffix(".csv").is_dir():
+            raise ValueError(f"--out must end in .png, .svg, .pdf; no folder, nor its .csv: {out}")
         tempfile.TemporaryFile(dir=out.parent).close()  # OSError unless this folder takes files
         variants = {}
         for text in options.variants or ("vpg", "trpo", "ppo"):
@@ -239,7 +239,8 @@ def draw(figure, results, variants):
         style |= {"marker": MARKERS[number], "linestyle": "-", "lw": 0, "s": 14, "alpha": 0.4}
         cloud = panels["distance"].scatter(column(shown, "step_norm"), column(shown, "kl"), **style)
         text = textwrap.fill(text, 44, max_lines=2).replace("$", r"\$")
-        entries.append(((line, cloud), f"{text}\nKL 0: {len(rows) - len(moved)} of {len(rows)}"))
+        text += f"\nKL 0 in {len(rows) - len(moved)} of {len(rows)} updates"
+        entries.append(((line, cloud), text))
     envs = sorted({variants[text][2].env for text in results})
     figure.suptitle(f"{', '.join(envs)}, seeds: {max(map(len, results.values()))}", weight="bold")
     explain(panels, entries, {gym.spec(env).reward_threshold for env in envs} - {None})
@@ -267,11 +268,11 @@ def draw_returns(axis, runs, style, thin):
 def draw_kl(axis, moved, style):
     """Median over the updates of all seeds in each 30th of the training (each update if fewer)."""
     updates, steps = (max([row[key] for row in moved], default=1) for key in ("update", "steps"))
-    edges = np.linspace(0, steps, min(30, updates) + 1)
-    window = np.digitize(column(moved, "steps"), edges[1:], right=True)
-    samples = [column(moved, "kl")[window == number] for number in range(len(edges) - 1)]
+    windows = np.arange(min(30, updates))
+    window = (column(moved, "update") - 1) * len(windows) // updates
+    samples = [column(moved, "kl")[window == number] for number in windows]
     samples = [values if len(values) else [np.nan] for values in samples]  # nan: a gap
-    draw_curve(axis, (edges[1:] + edges[:-1]) / 2, samples, np.median, style)
+    draw_curve(axis, (windows + 0.5) * steps / len(windows), samples, np.median, style)
 
 
 def explain(panels, entries, thresholds):
@@ -291,9 +292,9 @@ def explain(panels, entries, thresholds):
     for axis in panels.values():
         axis.spines[["top", "right"]].set_visible(False)
     panels["legend"].axis("off")
-    note = "Bold: interquartile mean (KL: median).\nBand: the middle half. KL 0: updates not shown."
+    note = "Bold: interquartile mean (KL: median).\nBand: the middle half. KL 0 is not shown."
     look = {"loc": "center left", "frameon": False, "alignment": "left", "fontsize": "small"}
-    panels["legend"].legend(*zip(*entries), title=note, markerscale=2, **look)
+    panels["legend"].legend(*zip(*entries), title=note, markerscale=2, handlelength=4, **look)
 
 
 # --- 5. Everything together -----------------------------------------------------------------------

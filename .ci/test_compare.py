@@ -140,12 +140,13 @@ WRONG = {
     "trpo --env Pendulum-v1": "env must have",
     "broken": "broken.py: SyntaxError",
     "lacking": "lacking.py: AttributeError",
-    "--seeds=0": "at least 1",
+    "--seeds=0": "--seeds must be from 1 to 1000",
+    "--seeds=1000000000": "--seeds must be from 1 to 1000",
     "--jobs=-1": "at least 1",
     "--steps=0": "steps must be from 1",
-    "--out=x.gif": "must be a file that ends in .png, .svg or .pdf",
-    "--out=picture.png": "picture.png and picture.csv must not be folders",
-    "--out=data.png": "data.png and data.csv must not be folders",
+    "--out=x.gif": "must end in .png, .svg, .pdf",
+    "--out=picture.png": "no folder, nor its .csv: picture.png",
+    "--out=data.png": "no folder, nor its .csv: data.png",
     "--out=nowhere/x.png": "no file can be written in nowhere",
 }
 
@@ -395,7 +396,7 @@ def test_picture_has_one_artist_per_variant_and_panel(count):
         assert panels[title].get_xlabel() and panels[title].get_ylabel()
     legend = panels[""].get_legend()
     entries = [text.get_text().replace("\n", " ") for text in legend.get_texts()]
-    assert entries == [f"{name} KL 0: 4 of 20" for name in NAMES[:count]]
+    assert entries == [f"{name} KL 0 in 4 of 20 updates" for name in NAMES[:count]]
     boxes = [panels[title].get_tightbbox() for title in TITLES] + [legend.get_window_extent()]
     for number, box in enumerate(boxes):
         assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1, "clipped"
