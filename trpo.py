@@ -1,360 +1,465 @@
-# /// script
-# requires-python = ">=3.10"
-# dependencies = ["numpy>=1.26", "gymnasium>=1.0"]
-# ///
-"""Trust region policy optimization (TRPO): the best step that leaves the policy close to the old.
+"""Trust region policy optimization (TRPO): a large update that stays close to the old policy.
 
-Old experience can judge a new policy only if it is close to the old one. So TRPO solves:
+A(s, a), the advantage, is how much better the return after action a is than V(s), which a second
+network predicts. A policy pi with a larger sum_a pi A in each state is better than pi_old, the one
+that played the batch. As sum_a pi A = sum_a pi_old (pi / pi_old) A, and pi_old drew the actions, it
+is estimated by weighing each of them by pi / pi_old:
 
-    maximize    L(theta) = mean of  A * pi(a|s; theta) / pi(a|s; theta_old)
-    subject to  mean of KL(pi(.|s; theta_old) || pi(.|s; theta))  <=  delta
-As L ~ g . step and KL ~ step F step / 2 (F: Fisher matrix), the step is a multiple of F^-1 g.
+    maximize    L(theta) = mean over the batch of  A * pi(a|s; theta) / pi(a|s; theta_old)
+    subject to  mean over its states of KL(pi_old || pi)  <=  delta
 
-    repeat:  run the policy for a batch of steps                              (section 4)
-             estimate A, how much better a was than V(s), the mean return     (section 5)
-             x <- F^-1 g by conjugate gradient, from products F v alone       (section 6)
-             step <- x scaled to KL = delta, then shorter until KL <= delta and L grew
-             fit V to the estimated returns                                   (section 5)
-Run:  python trpo.py    Options:  python trpo.py --help    Schulman et al. 2015, arXiv:1502.05477.
+L, the surrogate, misleads far from pi_old, as its states and A are still those of pi_old. The trust
+region is where KL <= delta. (Not where theta is near: a small step there may change pi completely.)
+
+    repeat:  play a batch of steps with the policy                      (section 4)
+             estimate A; set targets for V, A + V; then normalize A     (section 5)
+             step <- the one that raises L most at KL = delta, nearly;  (section 6)
+                     shorten it until the KL is <= delta and L has grown
+             fit V to its targets                                       (section 5)
+Run:  python trpo.py    Options:  python trpo.py --help    Schulman et al. 2015, arXiv:1502.05477
 """
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # layers this small run faster on one thread
-import sys
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for speed: one thread suits small arrays
+import numpy as np
+
+np.empty(2**21)  # for speed, skip it: Linux's malloc now keeps freed memory for later
 import time
-from argparse import ArgumentParser, BooleanOptionalAction
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, BooleanOptionalAction
 from dataclasses import dataclass, field, fields
+from types import SimpleNamespace
 
 import gymnasium as gym
-import numpy as np
 
 
 # --- 1. Settings ----------------------------------------------------------------------------------
 def option(default, meaning, low=None, high=float("inf")):
-    return field(default=default, metadata={"meaning": meaning, "low": low, "high": high})
+    return field(default=default, metadata={"meaning": meaning, "range": (low, high)})
 
 
 @dataclass
 class Settings:
-    """Everything that can be chosen. Raises ValueError for a value that is out of range."""
-
-    env: str = option("CartPole-v1", "Gymnasium environment: 1-D observations, Discrete actions")
+    env: str = option("CartPole-v1", "Gymnasium environment")
     seed: int = option(0, "seed of all random numbers", 0)
-    steps: int = option(150_000, "environment steps; the last batch is completed", 1)
-    num_envs: int = option(8, "environments that run side by side", 1)
-    horizon: int = option(160, "calls of each environment per batch", 2)
-    gamma: float = option(0.98, "discount factor", 0, 1)
-    gae_lambda: float = option(0.99, "GAE: 0 trusts the value function, 1 the returns", 0, 1)
-    hidden: int = option(64, "units in each of the two hidden layers", 1)
-    value_learning_rate: float = option(1e-2, "initial Adam step for V; falls to 0", 0, 1e30)
-    value_epochs: int = option(8, "passes over each batch to fit the value function", 0)
-    minibatches: int = option(5, "parts into which any pass splits the shuffled batch", 1)
-    watch: bool = option(False, "show the trained policy in a window")
-    # The algorithm's own:
-    delta: float = option(0.01, "trust region: largest mean KL per update, in nats", 1e-12, 1e6)
-    damping: float = option(0.03, "multiple of the identity added to the Fisher matrix", 0, 1e30)
+    steps: int = option(150_000, "environment steps to train for (the last batch is completed)", 1)
+    num_envs: int = option(16, "environments that run side by side", 1)
+    horizon: int = option(48, "steps of each environment in a batch, with those that reset", 2)
+    gamma: float = option(0.99, "discount factor", 0, 1)
+    gae_lambda: float = option(0.99, "lambda of `gae`: 0 relies on V, 1 on the rewards", 0, 1)
+    hidden: int = option(64, "units in the hidden layer", 1)
+    value_learning_rate: float = option(2e-2, "Adam's for V; falls to 0", 0, 1000)
+    value_epochs: int = option(4, "passes over each batch to fit V", 0)
+    minibatches: int = option(4, "parts into which each pass splits the batch", 1)
+    watch: bool = option(False, "in the end, show the policy in a window")
+    # The update of the policy (section 6):
+    delta: float = option(0.01, "trust region: largest mean KL of an update, in nats", 1e-12, 1e6)
+    damping: float = option(0.03, "multiple of the identity added to the Fisher matrix", 0, 1000)
     cg_iterations: int = option(5, "conjugate gradient iterations", 1)
-    line_search: bool = option(True, "shorten a step until KL <= delta and L grew")
-    backtracks: int = option(10, "how often a step is shortened before it is given up", 0)
+    line_search: bool = option(True, "shorten a step until KL <= delta and L has grown")
+    max_backtracks: int = option(10, "how often a step is shortened before it is given up", 0)
     backtrack_factor: float = option(0.8, "each shortening multiplies the step by this", 0, 1)
 
     def __post_init__(self):
         for setting in fields(self):
-            value, (_, low, high) = getattr(self, setting.name), setting.metadata.values()
-            if low is not None and not low <= value <= high:  # refuses nan, too
+            value = getattr(self, setting.name)
+            low, high = setting.metadata["range"]
+            if low is not None and not low <= value <= high:
                 raise ValueError(f"{setting.name} must be from {low} to {high}, not {value}")
 
 
 # --- 2. Network -----------------------------------------------------------------------------------
+# Shapes: T steps in a row, N environments side by side, B rows of a batch or minibatch, D numbers
+# in a state, H hidden units, K outputs (of a policy: one per action), P parameters.
 class Network:
-    """Two tanh layers and a linear one; W1 to b3 are views into theta, a vector of P numbers."""
+    def __init__(self, sizes, last_gain, rng):
+        """A layer with tanh, then a linear one. All parameters are one vector, theta."""
+        D, H, K = sizes
+        # A sum of n random numbers around 0 is about sqrt(n) times as large as one: divide by it.
+        W1 = rng.standard_normal((D, H)) / np.sqrt(D)
+        W2 = rng.standard_normal((H, K)) / np.sqrt(H) * last_gain  # if small, so are the outputs
+        parts = [W1.ravel(), np.zeros(H), W2.ravel(), np.zeros(K)]  # the order of `unflatten`
+        self.theta = np.concatenate(parts).astype(np.float32)  # [P]
+        self.sizes = sizes
+        self.adam_mean = np.zeros_like(self.theta)  # what `adam` remembers from step to step
+        self.adam_mean_square = np.zeros_like(self.theta)
+        self.adam_steps = 0
 
-    def __init__(self, sizes, theta=None):
-        inputs, hidden, outputs = self.sizes = sizes
-        shapes = (inputs, hidden), hidden, (hidden, hidden), hidden, (hidden, outputs), outputs
-        ends = np.cumsum([np.prod(shape) for shape in shapes])
-        self.theta = np.zeros(ends[-1], np.float32) if theta is None else theta
-        views = [p.reshape(s) for p, s in zip(np.split(self.theta, ends[:-1]), shapes)]
-        self.W1, self.b1, self.W2, self.b2, self.W3, self.b3 = views
-        self.mean, self.square, self.updates = 0.0, 0.0, 0  # what `adam` remembers
 
-
-def initial_network(rng, sizes, last_gain):
-    """Normal weights of variance gain^2 / inputs, gain sqrt(2) or last_gain; biases 0."""
-    network = Network(sizes)
-    for weights, gain in (network.W1, 2**0.5), (network.W2, 2**0.5), (network.W3, last_gain):
-        weights[:] = gain * rng.standard_normal(weights.shape) / len(weights) ** 0.5
-    return network
+def unflatten(vector, sizes):
+    """Cut a vector [P] into weights and biases: W1 [D, H], b1 [H], W2 [H, K], b2 [K]."""
+    D, H, K = sizes
+    layer1 = vector[: (D + 1) * H].reshape(D + 1, H)  # W1 [D, H] and b1 [H], one after the other
+    layer2 = vector[(D + 1) * H :].reshape(H + 1, K)
+    return layer1[:-1], layer1[-1], layer2[:-1], layer2[-1]
 
 
 def forward(network, inputs):
-    """Outputs [..., outputs] for inputs [..., inputs], and the activations, for `backward`."""
-    hidden1 = np.tanh(inputs @ network.W1 + network.b1)
-    hidden2 = np.tanh(hidden1 @ network.W2 + network.b2)
-    return hidden2 @ network.W3 + network.b3, (inputs, hidden1, hidden2)
+    """Outputs [..., K] for inputs [..., D]; and the activations, which `backward` needs."""
+    W1, b1, W2, b2 = unflatten(network.theta, network.sizes)
+    hidden = np.tanh(inputs @ W1 + b1)  # [..., D] -> [..., H]
+    outputs = hidden @ W2 + b2  # [..., H] -> [..., K]
+    return outputs, (inputs, hidden)
 
 
 def backward(network, activations, grad_outputs):
-    """Backpropagation: from an objective's gradient in the outputs [B, outputs] to theta's [P]."""
-    inputs, hidden1, hidden2 = activations
-    grad_hidden2 = (grad_outputs @ network.W3.T) * (1 - hidden2**2)  # tanh' = 1 - tanh^2
-    grad_hidden1 = (grad_hidden2 @ network.W2.T) * (1 - hidden1**2)
-    layers = (inputs, grad_hidden1), (hidden1, grad_hidden2), (hidden2, grad_outputs)
-    parts = [((below.T @ grad).ravel(), grad.sum(axis=0)) for below, grad in layers]
-    return np.concatenate([part for weights_and_bias in parts for part in weights_and_bias])
+    """The chain rule: an objective's derivatives by theta [P] from those by the outputs [B, K]."""
+    _, _, W2, _ = unflatten(network.theta, network.sizes)
+    inputs, hidden = activations
+    grad_hidden = grad_outputs @ W2.T  # [B, K] -> [B, H]
+    grad_before_tanh = grad_hidden * (1 - hidden**2)  # [B, H], as tanh' = 1 - tanh^2
+    grad_layer1 = [inputs.T @ grad_before_tanh, grad_before_tanh.sum(axis=0)]  # W1, b1
+    grad_layer2 = [hidden.T @ grad_outputs, grad_outputs.sum(axis=0)]  # W2, b2
+    return np.concatenate([grad.ravel() for grad in [*grad_layer1, *grad_layer2]])
 
 
 def adam(network, gradient, learning_rate):
-    """Uphill by learning_rate * mean / sqrt(mean square), both moving (Kingma & Ba 2015, end of 2)."""
-    network.updates += 1
-    network.mean += (1 - 0.9) * (gradient - network.mean)
-    network.square += (1 - 0.999) * (gradient**2 - network.square)
-    unbias = (1 - 0.999**network.updates) ** 0.5 / (1 - 0.9**network.updates)  # both began at 0
-    network.theta += learning_rate * unbias * network.mean / (np.sqrt(network.square) + 1e-8)
+    """Move theta uphill by learning_rate * m / sqrt(v): m is a fading mean of the gradient, v of
+    its square (Kingma & Ba 2015, algorithm 1). For a steady gradient that is learning_rate."""
+    network.adam_steps += 1
+    network.adam_mean = 0.9 * network.adam_mean + 0.1 * gradient
+    network.adam_mean_square = 0.999 * network.adam_mean_square + 0.001 * gradient**2
+    m = network.adam_mean / (1 - 0.9**network.adam_steps)  # its weights add up to this
+    v = network.adam_mean_square / (1 - 0.999**network.adam_steps)
+    network.theta = network.theta + learning_rate * m / (np.sqrt(v) + 1e-8)  # 1e-8: never 0 / 0
 
 
 # --- 3. Policy ------------------------------------------------------------------------------------
 def log_softmax(logits):
-    """log pi(a|s) [B states, K actions]. Subtracting the maximum keeps exp from overflowing."""
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    """log pi [B, K] of a policy's outputs z, the logits: pi(a|s) = exp(z_a) / sum_j exp(z_j)."""
+    log_sum = np.logaddexp.reduce(logits, axis=1, keepdims=True)  # log sum_j exp(z_j), no overflow
+    return logits - log_sum
+
+
+def sample_actions(policy, states, rng):
+    """Draw an action for each state [N, D]: the probabilities divide the line from 0 to 1 into K
+    parts, and a random point on the line falls into one of them."""
+    logits, _ = forward(policy, states)
+    ends = np.exp(log_softmax(logits)).cumsum(axis=1)  # [N, K], where the parts end
+    points = rng.random((len(states), 1))
+    return (points > ends[:, :-1]).sum(axis=1)  # ends before the point, less the last, which is 1
 
 
 def kl(log_probs_old, log_probs_new):
-    """KL(pi_old || pi_new) in nats: the mean over states of sum_a pi_old log(pi_old / pi_new)."""
-    return float((np.exp(log_probs_old) * (log_probs_old - log_probs_new)).sum(axis=1).mean())
+    """How far pi_new is from pi_old: 0 if they are equal, else positive (and not symmetric). The
+    Kullback-Leibler divergence sum_a pi_old log(pi_old / pi_new), mean over states, in nats."""
+    per_state = (np.exp(log_probs_old) * (log_probs_old - log_probs_new)).sum(axis=1)  # [B]
+    return float(per_state.mean())
 
 
-def policy_gradient(policy, activations, log_probs, actions, weights):
-    """Gradient in theta [P] of the mean of weights [B], such as A, times log pi(a|s)."""
-    onehot = np.eye(log_probs.shape[1], dtype=log_probs.dtype)[actions]
-    grad_log_prob = onehot - np.exp(log_probs)  # of the chosen actions, in the logits [B, K]
-    return backward(policy, activations, weights[:, None] * grad_log_prob / len(actions))
+def policy_gradient(policy, activations, log_probs, actions, coefficients):
+    """Gradient by theta [P] of the mean over the batch of coefficient (a constant) * log pi(a|s).
+    With logits z, log pi(a|s) = z_a - log sum_j exp(z_j). Its derivative by z_k is
+    (1 if k = a, else 0) - exp(z_k) / sum_j exp(z_j), which is onehot(a)_k - pi(k|s)."""
+    onehot = np.zeros_like(log_probs)  # [B, K]
+    onehot[np.arange(len(actions)), actions] = 1  # in row i the column actions[i]
+    grad_log_prob = onehot - np.exp(log_probs)  # [B, K]
+    grad_logits = coefficients[:, None] * grad_log_prob / len(actions)  # [B, K], / B for the mean
+    return backward(policy, activations, grad_logits)
 
 
 # --- 4. Experience --------------------------------------------------------------------------------
-def make_env(settings, num_envs, **how):
-    """num_envs copies of the environment, stepped together. ValueError if it does not fit."""
-    try:
-        env = gym.make_vec(settings.env, num_envs, **how)
-    except (gym.error.Error, ImportError, TypeError) as error:
-        raise ValueError(f"env must be an installed environment, not {settings.env!r}: {error}")
-    states, actions = env.single_observation_space, env.single_action_space
-    if len(states.shape or ()) != 1 or type(actions) is not gym.spaces.Discrete or actions.start:
-        kind = "one-dimensional observations and Discrete actions from 0"
-        raise ValueError(f"env must have {kind}; {settings.env} has {states} and {actions}")
+def make_env(settings, num_envs, **options):
+    """Copies of settings.env, stepped together. ValueError unless the network fits them."""
+    env = gym.make_vec(settings.env, num_envs, **options)
+    space = env.single_observation_space
+    if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+        raise ValueError(f"env must have vectors (1-D Box) as observations, not {space}")
+    space = env.single_action_space
+    if not isinstance(space, gym.spaces.Discrete) or space.start != 0:
+        raise ValueError(f"env must have Discrete actions from 0 on, not {space}")
+    reset_mode = env.metadata.get("autoreset_mode")  # Gymnasium 1.0 has only one, and does not say
+    if reset_mode is not None and reset_mode.name != "NEXT_STEP":
+        raise ValueError("env must reset one step late, as described below")
     return env
 
 
-def initial_policy(settings):
-    """A policy for settings.env, close to uniform since its last weights are small."""
-    env = make_env(settings, 1)
-    sizes = env.single_observation_space.shape[0], settings.hidden, int(env.single_action_space.n)
-    return initial_network(np.random.default_rng(settings.seed).spawn(1)[0], sizes, 0.01)
+class Experience:
+    """Environments side by side, whose episodes go on from one batch to the next.
+    They reset one step late. If the step in row t ends an episode, and s' is its last state:
+        row t      state s     action taken      leads to s', terminated or truncated
+        row t + 1  state s'    action ignored    leads to a new episode's first state: resetting
+    Nothing is decided in row t + 1: `collect` drops it, after `gae` has used V(s') for row t.
+    """
+
+    def __init__(self, settings, rng):
+        self.env = make_env(settings, settings.num_envs)
+        self.states, _ = self.env.reset(seed=int(rng.integers(2**31)))  # [N, D]
+        self.resetting = np.zeros(settings.num_envs, bool)
+        self.running_returns = np.zeros(settings.num_envs)  # sums of rewards, not discounted
+        self.finished_returns = []
+
+    def play(self, policy, horizon, rng):
+        """T = horizon steps. Returns six arrays: states [T, N, D], actions, rewards, terminated
+        (the episode is over), truncated (a time limit cut it short), resetting [T, N]."""
+        rows = []
+        for _ in range(horizon):
+            states = self.states
+            actions = sample_actions(policy, states, rng)
+            self.states, rewards, terminated, truncated, _ = self.env.step(actions)
+            rows.append((states, actions, rewards, terminated, truncated, self.resetting))
+            self.running_returns += np.where(self.resetting, 0, rewards)
+            ended = terminated | truncated
+            self.finished_returns.extend(self.running_returns[ended])
+            self.running_returns[ended] = 0
+            self.resetting = ended  # the next step only resets these
+        return [np.array(column) for column in zip(*rows)]  # all states, all actions, ...
 
 
-def experience(env, policy, horizon, finished, rng):
-    """Endless batches: observations [T + 1, N, D], an episode's last one included; actions, rewards,
-    terminated, truncated, resetting (a mere reset, after an end) [T, N]. `finished` gets returns."""
-    observations, _ = env.reset(seed=int(rng.integers(2**31)))
-    ended, returns = np.zeros(env.num_envs, bool), np.zeros(env.num_envs)
-    while True:
-        calls = []
-        for noise in rng.gumbel(size=(horizon, env.num_envs, policy.sizes[2])):
-            logits, _ = forward(policy, observations)
-            actions = (logits + noise).argmax(axis=1)  # Gumbel-max: distributed as softmax(logits)
-            following, rewards, terminated, truncated, _ = env.step(actions)
-            calls.append((observations, actions, rewards, terminated, truncated, ended))
-            observations, ended, returns = following, terminated | truncated, returns + rewards
-            finished.extend(returns[ended])
-            returns[ended] = 0
-        states, actions, rewards, *flags = (np.array(column) for column in zip(*calls))
-        states = np.concatenate([states, observations[None]], dtype=np.float32)
-        yield states, actions, rewards.astype(np.float32), *flags
-
-
-# --- 5. Advantages (generalized advantage estimation, GAE) and values -----------------------------
-def gae(rewards, values, terminated, truncated, resetting, gamma, gae_lambda):
-    """A_t = d_t + gamma lambda A_{t+1}, d_t = r_t + gamma V(s_{t+1}) - V(s_t), V(terminal) = 0;
-    A is 0 past an end and in mere resets. values [T + 1, N]. (Schulman et al. 2016, section 3.)"""
-    deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]
-    goes_on = ~(terminated | truncated)
-    advantages, following = np.zeros_like(deltas), np.zeros_like(deltas[0])
+# --- 5. Values and advantages ---------------------------------------------------------------------
+# V(s), a network, predicts the discounted return r_t + gamma r_{t+1} + gamma^2 r_{t+2} + ...
+def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
+    """Generalized advantage estimation [T, N] (Schulman et al. 2016, section 3). values [T + 1, N].
+    delta_t = r_t + gamma V(s_{t+1}) - V(s_t), by how much step t went better than predicted
+    A_t     = delta_t + gamma lambda delta_{t+1} + ... = delta_t + gamma lambda A_{t+1}
+    lambda = 1: the V in between cancel, A_t is the discounted rewards up to the end of the episode
+    or batch, plus the discounted V there (0 if terminated), minus V(s_t). Noisy; V's error counts
+    only there. lambda = 0: A_t = delta_t. Less noisy, but V's error counts at once.
+    """
+    # values[t + 1] is V of the state that step t led to, even of s' at an episode's end.
+    # A terminated episode earns no more. A truncated one would have earned about V more.
+    next_values = np.where(terminated, 0, values[1:])
+    deltas = rewards + gamma * next_values - values[:-1]
+    ended = terminated | truncated  # the next row resets: its A is no part of this one
+    advantages = np.zeros_like(values)  # [T + 1, N]; the last row stays 0: there V is trusted
     for t in reversed(range(len(deltas))):
-        following = advantages[t] = deltas[t] + gamma * gae_lambda * following * goes_on[t]
-    return advantages * ~resetting
+        following = np.where(ended[t], 0, advantages[t + 1])
+        advantages[t] = deltas[t] + gamma * gae_lambda * following
+    return advantages[:-1]
 
 
-def fit_value(value, observations, targets, settings, learning_rate, rng):
-    """Reduce the mean of (V(s) - target)^2 / 2 by Adam steps on minibatches."""
+def collect(experience, policy, value, settings, rng):
+    """Play, and return what an update needs by name, one row for each real step."""
+    columns = experience.play(policy, settings.horizon, rng)
+    states, actions, rewards, terminated, truncated, resetting = columns
+    all_states = np.concatenate([states, experience.states[None]], dtype=np.float32)
+    outputs, _ = forward(value, all_states)  # [T + 1, N, 1]
+    values = outputs[..., 0]
+    advantages = gae(rewards, values, terminated, truncated, settings.gamma, settings.gae_lambda)
+    targets = advantages + values[:-1]  # for V: as A estimates return - V, they estimate the return
+    real = ~resetting  # as an index it takes the steps that are True, in one row: [T, N] -> [B]
+    logits, _ = forward(policy, all_states[:-1][real])
+    # Usual, though no theory asks for it: minus the mean, one more baseline; over the spread,
+    # so that the policy's steps do not depend on the rewards' size. (TRPO's never do.)
+    normalized = (advantages - advantages[real].mean()) / (advantages[real].std() + 1e-8)
+    return SimpleNamespace(
+        states=all_states[:-1][real],  # [B, D]
+        actions=actions[real],  # [B]
+        log_probs_old=log_softmax(logits),  # [B, K], of all actions, from the policy that played
+        advantages=normalized[real],  # [B], normalized
+        values=values[:-1][real],  # [B], V before it is fitted, for `report`
+        targets=targets[real],  # [B], from advantages before they were normalized
+    )
+
+
+def fit_value(value, batch, settings, remaining, rng):
+    """Bring V closer to the targets, several times: uphill on the mean of -(target - V)^2 / 2."""
     for _ in range(settings.value_epochs):
-        for chosen in np.array_split(rng.permutation(len(targets)), settings.minibatches):
-            values, activations = forward(value, observations[chosen])
-            grad_values = (targets[chosen, None] - values) / len(chosen)  # of minus that mean
-            adam(value, backward(value, activations, grad_values), learning_rate)
+        order = rng.permutation(len(batch.targets))
+        for rows in np.array_split(order, settings.minibatches):
+            outputs, activations = forward(value, batch.states[rows])  # [B, 1]
+            errors = batch.targets[rows, None] - outputs  # [B, 1], the derivative by V
+            gradient = backward(value, activations, errors / len(rows))
+            adam(value, gradient, remaining * settings.value_learning_rate)
 
 
 # --- 6. The update --------------------------------------------------------------------------------
+# At theta_old, let g be the gradient of L and F the second derivative of the KL. (The KL is 0 there,
+# the least it can be, so its first derivative is 0 as well.) For a small step
+#     L changes by  g . step,    the KL is  (step . F step) / 2.
+# At KL = delta, g . step is largest where  g = mu F step  (Lagrange, with a multiplier mu). So
+#     step = c x;  x, the natural gradient, solves F x = g;  c = sqrt(2 delta / (x . F x)).
+# g is REINFORCE's with A: gradient of ratio = ratio * gradient of log pi, and the ratio is 1.
 def jacobian_vector_product(policy, activations, vector):
-    """J v [B, K]: the logits' derivative along v [P], by the product rule through `forward`."""
-    (inputs, hidden1, hidden2), v = activations, Network(policy.sizes, vector)
-    d_hidden1 = (1 - hidden1**2) * (inputs @ v.W1 + v.b1)
-    d_hidden2 = (1 - hidden2**2) * (d_hidden1 @ policy.W2 + hidden1 @ v.W2 + v.b2)
-    return d_hidden2 @ policy.W3 + hidden2 @ v.W3 + v.b3
+    """J v [B, K]: how fast the logits change when theta moves along v [P] (J: their derivatives by
+    theta). These are the lines of `forward`, differentiated; d_x is the change of x."""
+    _, _, W2, _ = unflatten(policy.theta, policy.sizes)
+    d_W1, d_b1, d_W2, d_b2 = unflatten(vector, policy.sizes)
+    inputs, hidden = activations
+    d_before_tanh = inputs @ d_W1 + d_b1  # [B, H]
+    d_hidden = (1 - hidden**2) * d_before_tanh  # [B, H], as tanh' = 1 - tanh^2
+    return d_hidden @ W2 + hidden @ d_W2 + d_b2  # [B, K], by the product rule
 
 
-def fisher_vector_product(policy, activations, probs, vector, damping=0.0):
-    """(F + damping I) v [P], where F is the second derivative of the KL at theta (appendix C):
-    F = mean over the states of J^T (diag(p) - p p^T) J, applied to v from right to left."""
-    d_logits = jacobian_vector_product(policy, activations, vector)
-    d_probs = probs * (d_logits - (probs * d_logits).sum(axis=1, keepdims=True))
-    return backward(policy, activations, d_probs / len(probs)) + damping * vector
+def fisher_vector_product(policy, activations, probs, vector):
+    """F v [P], where F, the Fisher matrix, is the second derivative by theta of the mean KL.
+    For one state, with logits z, J = dz/dtheta and p = pi(.|s; theta):
+        dKL/dz = p - p_old,   dp/dz = diag(p) - p p^T   (p_k (1 - p_k) if j = k, else -p_k p_j)
+        dKL/dtheta = J^T (p - p_old);  its derivative is J^T (diag(p) - p p^T) J + dJ^T (p - p_old)
+    At theta_old, p = p_old ends the last term. F has P^2 entries; F v is as cheap as a gradient.
+    """
+    d_logits = jacobian_vector_product(policy, activations, vector)  # J v
+    mean = (probs * d_logits).sum(axis=1, keepdims=True)  # p^T J v
+    d_probs = probs * (d_logits - mean)  # (diag(p) - p p^T) J v
+    return backward(policy, activations, d_probs / len(probs))  # times J^T; mean over the batch
 
 
-def conjugate_gradient(product, target, iterations):
-    """Approximate x with M x = target: product(v) = M v, M positive definite (appendix C)."""
-    x, residual, direction = np.zeros_like(target), target, target  # residual = target - M x
-    squared = target @ target
+def conjugate_gradient(product, b, iterations):
+    """Solve M x = b, nearly, from product(v) = M v alone. (M symmetric, v . M v > 0 unless v = 0.)
+
+    Climb f(x) = b . x - (x . M x) / 2, whose gradient is the residual r = b - M x, 0 at the top.
+    1. Along direction d the top is at alpha = (d . r) / (d . M d). There r_new . d = 0.
+    2. Next comes d_new = r_new + beta d, with d_new . M d = 0: the slope along d stays 0, and so
+       d . r = r . r in 1. As M d = (r - r_new) / alpha, beta = (r_new . r_new) / (r . r).
+    """
+    x = np.zeros_like(b)
+    residual = b
+    direction = b
+    squared = residual @ residual
     for _ in range(iterations):
-        if squared <= 1e-10 * (target @ target):  # precise enough, or target 0
+        if squared <= 1e-10 * (b @ b):  # |residual| <= 1e-5 |b|; so 0 is returned for b = 0
             break
-        image = product(direction)
-        length = squared / (direction @ image)
-        x, residual = x + length * direction, residual - length * image
-        squared, before = residual @ residual, squared
-        direction = residual + squared / before * direction
+        M_direction = product(direction)
+        alpha = squared / (direction @ M_direction)
+        x = x + alpha * direction
+        residual = residual - alpha * M_direction
+        beta = (residual @ residual) / squared
+        direction = residual + beta * direction
+        squared = residual @ residual
     return x
 
 
-def line_search(policy, step, observations, actions, advantages, log_probs_old, settings):
-    """Shorten the step until KL <= delta and L has grown; restore theta if that never happens."""
-    theta_old, taken = policy.theta.copy(), (np.arange(len(actions)), actions)
-    for backtracks in range(settings.backtracks + 1 if step.any() else 1):  # step 0: no search
-        policy.theta[:] = theta_old + settings.backtrack_factor**backtracks * step
-        log_probs = log_softmax(forward(policy, observations)[0])
-        ratio = np.exp(log_probs[taken] - log_probs_old[taken])
-        gain = float((advantages * (ratio - 1)).mean())  # of L
-        good = gain > 0 and kl(log_probs_old, log_probs) <= settings.delta
+def line_search(policy, full_step, batch, settings):
+    """Try full_step, then ever shorter ones; keep the first with a KL, measured on the batch, of at
+    most delta and with a larger L. If there is none theta stays: step_norm will be 0."""
+    theta_old = policy.theta
+    rows = np.arange(len(batch.actions))
+    for backtracks in range(settings.max_backtracks + 1):
+        policy.theta = theta_old + settings.backtrack_factor**backtracks * full_step
+        logits, _ = forward(policy, batch.states)
+        log_probs = log_softmax(logits)
+        log_ratio = log_probs[rows, batch.actions] - batch.log_probs_old[rows, batch.actions]
+        gain = float((batch.advantages * (np.exp(log_ratio) - 1)).mean())  # L - L(theta_old)
+        good = gain > 0 and kl(batch.log_probs_old, log_probs) <= settings.delta
         if good or not settings.line_search:
             return {"surrogate_gain": gain, "backtracks": backtracks}
-    policy.theta[:] = theta_old
-    return {"surrogate_gain": 0.0, "backtracks": backtracks}
+    policy.theta = theta_old
+    return {"surrogate_gain": 0.0, "backtracks": settings.max_backtracks}
 
 
-def update_policy(policy, observations, actions, advantages, settings, decay, rng):
-    """The damped natural gradient x ~ F^-1 g, scaled to quadratic KL delta; then line search."""
-    logits, activations = forward(policy, observations)
-    log_probs = log_softmax(logits)
+def update_policy(policy, batch, settings, remaining, rng):
+    """The step above, then the line search. F has no inverse: raising all logits alike changes
+    nothing. F + damping I stands for it, in c as well, and makes the KL mostly less than delta."""
+    _, activations = forward(policy, batch.states)
+    g = policy_gradient(policy, activations, batch.log_probs_old, batch.actions, batch.advantages)
+    probs = np.exp(batch.log_probs_old)
 
-    def product(v):  # damped, as F may be singular: so the KL mostly ends below delta
-        return fisher_vector_product(policy, activations, np.exp(log_probs), v, settings.damping)
+    def damped_product(v):
+        return fisher_vector_product(policy, activations, probs, v) + settings.damping * v
 
-    gradient = policy_gradient(policy, activations, log_probs, actions, advantages)
-    x = conjugate_gradient(product, gradient, settings.cg_iterations)
-    curvature = x @ gradient  # = x @ product(x): CG keeps g - product(x) orthogonal to x
-    step = np.sqrt(2 * settings.delta / curvature) * x if curvature > 0 else np.zeros_like(x)
-    return line_search(policy, step, observations, actions, advantages, log_probs, settings)
+    x = conjugate_gradient(damped_product, g, settings.cg_iterations)
+    curvature = x @ damped_product(x)
+    if curvature <= 0:  # no gradient, no step
+        return {"surrogate_gain": 0.0, "backtracks": 0}
+    full_step = np.sqrt(2 * settings.delta / curvature) * x
+    return line_search(policy, full_step, batch, settings)
 
 
 # --- 7. Training ----------------------------------------------------------------------------------
-def train(settings, policy=None):
-    """Improve a policy; yield figures per update. FloatingPointError if weights are not finite."""
-    start, update, steps, solved, finished = time.perf_counter(), 0, 0, False, []
-    np.empty(2**21)  # freed at once: Linux then recycles memory (8 % faster, TRPO 19 %)
-    policy = policy or initial_policy(settings)
-    _, value_rng, env_rng, rng = np.random.default_rng(settings.seed).spawn(4)  # _: first policy
-    value = initial_network(value_rng, (policy.sizes[0], settings.hidden, 1), 1.0)
-    env = make_env(settings, settings.num_envs)
-    threshold = env.spec.reward_threshold
-    batches = experience(env, policy, settings.horizon, finished, env_rng)
+def initial_policy(settings):
+    """A policy for settings.env, nearly undecided in every state, as its last weights are small."""
+    env = make_env(settings, 1)
+    D = env.single_observation_space.shape[0]
+    K = int(env.single_action_space.n)
+    return Network((D, settings.hidden, K), 0.01, np.random.default_rng([settings.seed, 0]))
+
+
+def train(settings, policy):
+    """Generator: each `next` updates the policy in place. FloatingPointError if it isn't finite."""
+    start = time.perf_counter()
+    rng = np.random.default_rng([settings.seed, 1])  # stream 0 made the policy, 2 evaluates
+    value = Network((*policy.sizes[:2], 1), 1.0, rng)  # sizes (D, H, 1)
+    experience = Experience(settings, rng)
+    steps = 0
+    update = 0
     while steps < settings.steps:
-        observations, actions, rewards, *flags = next(batches)
-        values = forward(value, observations)[0][..., 0]  # [T + 1, N]
-        advantages = gae(rewards, values, *flags, settings.gamma, settings.gae_lambda)
-        real = ~flags[-1]  # leave out the calls that only reset: [T, N] becomes [B]
-        observations, actions = observations[:-1][real], actions[real]
-        advantages, values = advantages[real], values[:-1][real]
-        targets, advantages = advantages + values, advantages - advantages.mean()
-        rounding = 1e-5 * max(1.0, np.abs(targets).max())  # a smaller spread is no signal
-        advantages *= 1 / advantages.std() if advantages.std() > rounding else 0  # 0: no gradient
-        theta_old, decay = policy.theta.copy(), 1 - steps / settings.steps  # of the learning rates
-        log_probs_old = log_softmax(forward(policy, observations)[0])
-        own = update_policy(policy, observations, actions, advantages, settings, decay, rng)
-        log_probs_new = log_softmax(forward(policy, observations)[0])
-        fit_value(value, observations, targets, settings, decay * settings.value_learning_rate, rng)
-        update, steps, recent = update + 1, steps + len(actions), finished[-100:]
-        solved |= threshold is not None and len(recent) == 100 and np.mean(recent) >= threshold
-        row = {"update": update, "steps": steps}
-        row["episode_return"] = float(np.mean(recent[-20:])) if recent else float("nan")
-        row["kl"] = kl(log_probs_old, log_probs_new)
-        row["entropy"] = -float((np.exp(log_probs_old) * log_probs_old).sum(axis=1).mean())
-        row["step_norm"] = float(np.linalg.norm(policy.theta - theta_old.astype(float)))
-        unexplained, variance = (float(np.var(x, dtype=float)) for x in (targets - values, targets))
-        row["explained_variance"] = 1 - unexplained / variance if variance > rounding**2 else 0.0
-        row |= {"solved": bool(solved), "seconds": time.perf_counter() - start, **own}
-        if not np.isfinite([row["kl"], *own.values(), policy.theta.sum(), value.theta.sum()]).all():
-            raise FloatingPointError(f"update {update} is no longer finite: take smaller steps")
-        yield row
+        remaining = 1 - steps / settings.steps  # the learning rates fall with it, to 0
+        batch = collect(experience, policy, value, settings, rng)
+        theta_old = policy.theta.copy()
+        own_figures = update_policy(policy, batch, settings, remaining, rng)
+        fit_value(value, batch, settings, remaining, rng)
+        update += 1
+        steps += len(batch.actions)
+        row = {"update": update, "steps": steps} | report(policy, theta_old, batch, experience)
+        row["seconds"] = time.perf_counter() - start
+        if not np.isfinite([policy.theta.sum(), value.theta.sum(), row["kl"]]).all():
+            raise FloatingPointError(
+                f"update {update} is no longer finite: lower the learning rates"
+            )
+        yield row | own_figures
+
+
+def report(policy, theta_old, batch, experience):
+    """Figures of an update, entropy and explained_variance from before it, and of the episodes."""
+    logits, _ = forward(policy, batch.states)
+    variance = float(batch.targets.var())
+    unexplained = float((batch.targets - batch.values).var())  # V off by a constant is not seen
+    return {
+        "episodes": len(experience.finished_returns),
+        "episode_return": float(np.mean(experience.finished_returns[-100:] or [np.nan])),
+        "kl": kl(batch.log_probs_old, log_softmax(logits)),  # from the old policy to the new one
+        "entropy": -float((np.exp(batch.log_probs_old) * batch.log_probs_old).sum(axis=1).mean()),
+        "step_norm": float(np.linalg.norm(policy.theta - theta_old)),
+        "explained_variance": 1 - unexplained / variance if variance > 0 else 0.0,
+    }
 
 
 # --- 8. Evaluation and command line ---------------------------------------------------------------
-def evaluate(policy, env, seed, cap=1000):
-    """Returns [N] of one episode in each copy, always the likeliest action; how many hit the cap."""
-    observations, _ = env.reset(seed=int(np.random.default_rng(seed).integers(2**31)))
-    returns, running = np.zeros(env.num_envs), np.ones(env.num_envs, bool)
-    while running.any() and cap > 0:
-        actions, cap = forward(policy, observations)[0].argmax(axis=1), cap - 1
-        observations, rewards, terminated, truncated, _ = env.step(actions)
-        returns, running = returns + rewards * running, running & ~(terminated | truncated)
-    return returns, int(running.sum())
+def evaluate(policy, env, rng, max_steps=1000):
+    """Return [N] of one episode in each environment (to max_steps) with the likeliest actions."""
+    states, _ = env.reset(seed=int(rng.integers(2**31)))
+    returns = np.zeros(env.num_envs)
+    running = np.ones(env.num_envs, bool)
+    for _ in range(max_steps):
+        logits, _ = forward(policy, states)
+        states, rewards, terminated, truncated, _ = env.step(logits.argmax(axis=1))
+        returns += np.where(running, rewards, 0)
+        running &= ~(terminated | truncated)
+    return returns
 
 
 def parse(argv=None):
-    """The command line as Settings. For a mistake: usage and error on stderr, exit status 2."""
-    parser = ArgumentParser(os.path.basename(__file__), "%(prog)s [option]", __doc__.split("\n")[0])
+    """The command line as Settings. After a mistake: usage, a line that says it, exit status 2."""
+    parser = ArgumentParser(formatter_class=ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     for setting in fields(Settings):
-        kind = {"action": BooleanOptionalAction} if setting.type is bool else {"type": setting.type}
-        text = setting.metadata["meaning"] + " (default: %(default)s)"
         name = "--" + setting.name.replace("_", "-")
-        parser.add_argument(name, default=setting.default, help=text, **kind)
+        kind = {"action": BooleanOptionalAction} if setting.type is bool else {"type": setting.type}
+        parser.add_argument(name, default=setting.default, help=setting.metadata["meaning"], **kind)
     try:
         settings = Settings(**vars(parser.parse_args(argv)))
-        make_env(settings, 1).close()
+        make_env(settings, 1).close()  # can it be made?
         return settings
-    except ValueError as error:
-        parser.error(" ".join(str(error).split()))
+    except (ValueError, gym.error.Error, ModuleNotFoundError) as error:
+        parser.error(str(error))
+
+
+def main():
+    settings = parse()
+    policy = initial_policy(settings)
+    env = make_env(settings, 100)
+    threshold = env.spec.reward_threshold or np.inf  # of the mean return; some have none
+    solved = "never"
+    print("   steps  episode_return        kl  step_norm  entropy  seconds")
+    line = "{steps:8}{episode_return:16.1f}{kl:10.2g}{step_norm:11.2g}{entropy:9.3f}{seconds:9.1f}"
+    for row in train(settings, policy):
+        if row["update"] % 5 == 1:
+            print(line.format(**row), flush=True)
+        if solved == "never" and row["episodes"] >= 100 and row["episode_return"] >= threshold:
+            solved = f"after {row['steps']} steps"
+    if threshold < np.inf:
+        print(f"mean of 100 training episodes at {threshold:g}: {solved}")
+    returns = evaluate(policy, env, np.random.default_rng([settings.seed, 2]))
+    print(f"greedy policy, 100 fresh episodes: {returns.mean():.1f} ± {returns.std():.1f}")
+    if settings.watch:
+        window = make_env(settings, 1, vectorization_mode="sync", render_mode="human")
+        evaluate(policy, window, np.random.default_rng([settings.seed, 3]))
+        window.close()
 
 
 if __name__ == "__main__":
     try:
-        settings, solved = parse(), "not yet"
-        np.seterr(all="ignore")  # `train` checks that everything is finite
-        policy = initial_policy(settings)
-        for row in train(settings, policy):
-            if row.pop("solved") and solved == "not yet":
-                solved = f"after {row['steps']} steps, {row['seconds']:.1f} s"
-            for part in (0, 2) if row["update"] == 1 else ():  # names: first word above last word
-                print(*(f"{key.rpartition('_')[part]:>9}" for key in row))
-            if row["update"] % 5 == 1 or row["steps"] >= settings.steps:
-                cells = (f"{x:.3g}" if isinstance(x, float) else x for x in row.values())
-                print(*(f"{cell:>9}" for cell in cells), flush=True)
-        env = make_env(settings, 100)
-        if env.spec.reward_threshold is not None:
-            print(f"mean of 100 training episodes at {env.spec.reward_threshold:g}: {solved}")
-        returns, cut = evaluate(policy, env, settings.seed)
-        result = f"greedy policy, 100 fresh episodes: {returns.mean():.1f} ± {returns.std():.1f}"
-        print(result + (f" ({cut} episodes were cut off at 1000 steps)" if cut else ""), flush=True)
-        if settings.watch:
-            env = make_env(settings, 1, vectorization_mode="sync", render_mode="human")
-            env.reset()  # opens the window, or pretends to
-            pygame = sys.modules.get("pygame")
-            hidden = pygame and pygame.display.get_driver() in ("dummy", "offscreen")
-            evaluate(policy, env, settings.seed, cap=0 if hidden else 1000)
-            env.close()
-            if hidden:
-                raise RuntimeError("--watch needs a display (on Linux, set DISPLAY)")
+        main()
+    except FloatingPointError as error:
+        raise SystemExit(str(error))
     except KeyboardInterrupt:
-        sys.exit(130)  # 128 + signal 2, as shells count
-    except (ValueError, ArithmeticError, RuntimeError, MemoryError, OSError, gym.error.Error) as e:
-        sys.exit(" ".join(str(e).split()) or type(e).__name__)
+        raise SystemExit(130)  # 128 + 2, the number of the signal
