@@ -2,349 +2,399 @@
 # requires-python = ">=3.10"
 # dependencies = ["numpy>=1.26", "gymnasium>=1.0", "matplotlib>=3.8"]
 # ///
-"""Run scripts of this folder with any settings, over several seeds, and compare them.
+"""Train variants of the scripts beside this file with several seeds, and compare them.
 
-    python compare.py                                            (vpg, trpo and ppo as they are)
-    python compare.py ppo "ppo --clip inf" "ppo --clip inf --epochs 40"
-    python compare.py vpg "vpg --learning-rate 0.1" --seeds 10 --out cliff.pdf
+    python compare.py                                    vpg, trpo and ppo as they are
+    python compare.py ppo "ppo --clip inf" --seeds 10    two variants: a script and its options
+    python compare.py compare.csv                        draw again what was trained
+    python compare.py compare.csv "ppo --clip 0.1"       train one more and draw all
 
-A variant is the name of a script and its options, in quotes; one that is given twice runs once.
-Results: a table, a picture (compare.png), the rows of all finished runs (compare.csv). The picture:
-
-    return over environment steps     does it learn, and does it forget again?
-    KL over environment steps         how far does each update move the policy?
-    KL over the change of theta       steps that are equal in weights are not equal in behaviour
+The way of the data:    variants  ->  runs  ->  CSV  ->  table and picture
 """
 
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before NumPy: each run is to use one core
+os.environ["MPLBACKEND"] = "agg"  # before matplotlib: it is to write files, in notebooks, too
+if __name__ == "__mp_main__":  # the process of a run: Ctrl-C is for the main process to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 import argparse
 import csv
-import importlib.util
 import multiprocessing
-import shlex
-import signal
 import sys
 import tempfile
 import textwrap
-import time
-import webbrowser
-from dataclasses import replace
-from multiprocessing.connection import wait
+import threading
+import traceback
+from collections import namedtuple
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from contextlib import redirect_stderr
+from importlib import import_module
+from io import BytesIO, StringIO
+from itertools import chain, groupby, product
 from pathlib import Path
 
-import gymnasium as gym
 import numpy as np
 
-NOISE = 1e-7  # a float32 KL up to this is rounding: the behavior stayed the same
-NEEDED = {"update", "steps", "episode_return", "kl", "step_norm", "solved", "seconds"}
-COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442"]
-LINES = ["-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (3, 1)), (0, (9, 2)), (0, (5, 1))]
-MARKERS = "os^DvPX*"
+FIGURES = ["update", "steps", "episodes", "episode_return", "kl", "step_norm", "seconds"]
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255"]
+LINES = ["-", "--", "-.", ":"] * 2  # a variant has its own pair of color and line
+SMALL = 1e-7  # a KL up to this is rounding in float32: the policy has not moved
+Variant = namedtuple("Variant", "script words settings labels")
 
 
-# --- 1. Command line ------------------------------------------------------------------------------
-def load(name):
-    """The script NAME.py beside this file, as a module. ValueError if it is not one of ours."""
-    folder = Path(__file__).resolve().parent
-    scripts = sorted({path.stem for path in folder.glob("*.py")} - {"compare", "test_smoke"})
-    if name not in scripts:
-        raise ValueError(f"no script {name!r} beside compare.py; there are: {', '.join(scripts)}")
-    spec = importlib.util.spec_from_file_location(f"compare_{name}", folder / f"{name}.py")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        return module.parse and module.train and module  # AttributeError if it lacks one
-    except Exception as error:  # noqa: BLE001 (a learner's copy may contain any mistake)
-        raise ValueError(f"{name}.py: {type(error).__name__}: {error}")
+# --- 1. Variants ----------------------------------------------------------------------------------
+def refuse(message):
+    """Something was typed wrong: one line, exit status 2."""
+    print("compare.py: error:", *message.split(), file=sys.stderr)
+    sys.exit(2)
 
 
 def parse(argv=None):
-    """Options and {variant: (script, options, Settings)}. A mistake: one line, exit status 2."""
-    usage, meaning = '%(prog)s [options] ["SCRIPT ITS OPTIONS" ...]', __doc__.split("\n")[0]
-    parser = argparse.ArgumentParser("compare.py", usage, meaning)
+    """The command line: its options, the rows of .csv files, the Variants to train."""
+    parser = argparse.ArgumentParser("compare.py", usage=argparse.SUPPRESS, allow_abbrev=False)
     add = parser.add_argument
-    add("variants", nargs="*", metavar="VARIANT", help='script, options: "ppo --clip inf"')
+    add("variants", nargs="*", default=["vpg", "trpo", "ppo"], help="'ppo --clip inf', or a .csv")
     add("--seeds", type=int, default=5, help="runs of each variant (default: %(default)s)")
     add("--steps", help="environment steps of each run (default: the script's)")
     add("--env", help="Gymnasium environment (default: the script's)")
     add("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time (default: all cores)")
-    add("--out", type=Path, default="compare.png", help=".png, .svg or .pdf (default: %(default)s)")
-    add("--show", action="store_true", help="open the picture at the end")
+    add("--out", type=Path, help=".png, .svg or .pdf (default: compare.png, or as the .csv)")
     options = parser.parse_intermixed_args(argv)
-    given, out = {"steps": options.steps, "env": options.env}, options.out
-    shared = [f"--{name}={value}" for name, value in given.items() if value is not None]
+    files = [text for text in options.variants if text.endswith(".csv")] + ["compare.csv"]
+    options.out = options.out or Path(files[0]).with_suffix(".png")
+    if options.out.suffix.lower() not in (".png", ".svg", ".pdf") or options.out.is_dir():
+        refuse(f"--out must be a file that ends in .png, .svg or .pdf, unlike {options.out}")
+    if min(options.seeds, options.jobs) < 1:
+        refuse("--seeds and --jobs must be at least 1")
+    try:  # now, and not only after hours of training
+        tempfile.TemporaryFile(dir=options.out.parent).close()
+        import_module("matplotlib.figure")
+    except (OSError, ImportError) as error:
+        refuse(f"--out {options.out} cannot be made: {error}")
+    return options, *read_variants(options)
+
+
+def read_variants(options):
+    """The rows of .csv files, and the Variants to train. Those that are equal are trained once."""
+    rows = []
+    variants = []
+    for text in options.variants:
+        if text.endswith(".csv"):
+            rows.extend(read_csv(Path(text)))
+        else:
+            variant = read_variant(text, options)
+            if all(variant.settings != other.settings for other in variants):
+                variants.append(variant)
+    names = {row["variant"] for row in rows}
+    for variant in variants:
+        if variant.labels["variant"] in names:
+            refuse(f"{variant.labels['variant']!r} is in the .csv file already")
+    keys = {(row["variant"], row["seed"], row["update"]) for row in rows}
+    if len(keys) < len(rows):
+        refuse("the .csv files hold the same run twice")
+    if len(names) + len(variants) > len(COLORS):
+        refuse(f"a picture has room for {len(COLORS)} variants, not {len(names) + len(variants)}")
+    return rows, variants
+
+
+def read_variant(text, options):
+    """A Variant from its text. An error in a script itself shows Python's own traceback."""
+    script, *own = text.split() or [""]
+    script = script.removesuffix(".py")
+    beside = {path.stem for path in Path(__file__).parent.glob("*.py")} - {"compare", "test_smoke"}
+    if script not in beside:
+        refuse(f"no script {script!r} beside compare.py; there are: {', '.join(sorted(beside))}")
+    shared = {"--steps": options.steps, "--env": options.env}
+    words = [f"{name}={value}" for name, value in shared.items() if value is not None] + own
+    module = import_module(script)
+    settings = read_settings(module, words, text)
+    if settings.watch:
+        refuse(f"{text!r}: --watch is for a single run, of the script itself")
+    spec = module.make_env(settings, 1).spec
+    threshold = "" if spec.reward_threshold is None else str(spec.reward_threshold)
+    labels = {"variant": " ".join([script, *own]), "env": spec.id, "threshold": threshold}
+    return Variant(script, words, settings, labels)
+
+
+def read_settings(module, words, text):
+    """Let a script read its options. What it refuses is said in one line, as it was typed."""
+    complaint = StringIO()
     try:
-        if not 1 <= options.seeds <= 1000 or options.jobs < 1:
-            raise ValueError("--seeds must be from 1 to 1000, --jobs at least 1")
-        unknown = out.suffix.lower() not in (".png", ".svg", ".pdf")
-        if unknown or out.is_dir() or out.with_suffix(".csv").is_dir():
-            raise ValueError(f"--out must end in .png, .svg, .pdf; no folder, nor its .csv: {out}")
-        tempfile.TemporaryFile(dir=out.parent).close()  # OSError unless this folder takes files
-        variants = {}
-        for text in options.variants or ("vpg", "trpo", "ppo"):
-            script, *own = shlex.split(text) or [""]
-            settings = load(script).parse(shared + own)  # a mistake in a variant ends here
-            variants[" ".join(text.split())] = script, shared + own, settings
-        return options, variants
-    except ValueError as error:
-        parser.error(" ".join(str(error).split()))
-    except OSError as error:
-        parser.error(f"--out: no file can be written in {out.parent}: {error.strerror}")
+        with redirect_stderr(complaint):
+            return module.parse(words)
+    except SystemExit:
+        message = complaint.getvalue().split("error: ")[-1]
+    first, _, others = message.partition(" ")
+    if hasattr(module.Settings, first):  # cg_iterations was typed as --cg-iterations
+        message = f"--{first.replace('_', '-')} {others}"
+    refuse(f"{text!r}: {message}")
 
 
 # --- 2. Runs --------------------------------------------------------------------------------------
-def work(sending, script, options, seed):
-    """One run in a process of its own: sends every row (a dict), then "" or why it failed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle
+def train_all(variants, options, rows):
+    """Train each Variant with each seed. The line of a run is printed when its rows are safe."""
+    names = [row["variant"] for row in rows] + [variant.labels["variant"] for variant in variants]
+    end = "\r" if sys.stderr.isatty() else "\n"  # on a terminal the next line replaces this one
+    solved = 0
+    pool = ThreadPoolExecutor(options.jobs)
+    runs = [pool.submit(run_alone, *run) for run in product(range(options.seeds), variants)]
     try:
-        module = load(script)
-        with np.errstate(all="ignore"):  # `train` checks that all is finite
-            for row in module.train(replace(module.parse(options), seed=seed)):
-                if not row.keys() >= NEEDED:
-                    raise ValueError(f"the rows lack {', '.join(NEEDED - row.keys())}")
-                sending.send(row)
-        sending.send("")
-    except BrokenPipeError:
-        pass  # the parent is gone
-    except Exception as error:  # noqa: BLE001 (the other runs go on)
-        sending.send(" ".join(str(error).split()) or type(error).__name__)
-
-
-def start(script, options, seed):
-    """Start a run in a fresh process. Returns the pipe's end where it is heard, the process."""
-    context = multiprocessing.get_context("spawn")  # the same on every platform
-    receiving, sending = context.Pipe(duplex=False)
-    process = context.Process(target=work, args=(sending, script, options, seed), daemon=True)
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited, so true from its birth on
-    process.start()
-    signal.signal(signal.SIGINT, before)
-    sending.close()  # now only the run holds this end: if it dies, `recv` raises EOFError
-    return receiving, process
-
-
-def run_all(variants, runs, jobs):
-    """Run each (variant, seed), `jobs` at a time: {run: rows} and {run: "" or why it failed}."""
-    rows, ended, running, began = {}, {}, {}, time.perf_counter()
-    try:
-        while len(ended) < len(runs):
-            for run in runs[len(rows) : len(rows) + jobs - len(running)]:
-                receiving, process = start(*variants[run[0]][:2], run[1])
-                running[receiving], rows[run] = (run, process), []
-            for receiving in wait(list(running), timeout=1):
-                run, _ = running[receiving]
-                try:
-                    message = receiving.recv()
-                except EOFError:
-                    message = "its process died"
-                if isinstance(message, dict):
-                    rows[run].append({"variant": run[0], "seed": run[1], **message})
-                else:
-                    ended[run] = message or ("" if rows[run] else "no rows")
-                    del running[receiving]
-                progress(variants, runs, rows, run, ended, began)
-    except KeyboardInterrupt:  # `ended` lacks the runs that are missing
-        print(file=sys.stderr)
+        for done, future in enumerate(as_completed(runs), start=1):
+            run = future.result()
+            rows.extend(run)
+            rows.sort(key=lambda row: (names.index(row["variant"]), float(row["seed"])))
+            write_csv(options.out.with_suffix(".csv"), rows)
+            solved += any(map(is_solved, run))
+            last = "{variant}, seed {seed} {error}".format(**run[-1])
+            line = f"{done} of {len(runs)} runs, {solved} solved; last: {last:<40}"
+            print(line, end=end, file=sys.stderr, flush=True)
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a moment: results are worth the wait
-        for _, process in running.values():
-            process.terminate()
-            process.join()
-    return rows, ended
+        pool.shutdown(wait=False, cancel_futures=True)
+        while not all(future.done() for future in runs):  # a process may be about to start
+            for process in multiprocessing.active_children():
+                process.kill()
 
 
-def progress(variants, runs, rows, run, ended, began):
-    """On a terminal one line that is rewritten; elsewhere one line per finished run."""
-    terminal, (text, seed) = sys.stderr.isatty(), run
-    if not rows[run] or (not terminal and ended.get(run) != ""):
-        return
-    done = sum(part[-1]["steps"] / variants[key[0]][2].steps for key, part in rows.items() if part)
-    left, row = (time.perf_counter() - began) * max(0, len(runs) / done - 1), rows[run][-1]
-    line = f"{len(ended)}/{len(runs)} runs, {left:.0f} s left | {text}, seed {seed}: "
-    line += f"{row['steps']} steps, return {row['episode_return']:.1f}, kl {row['kl']:.2g}"
-    if terminal:
-        width = (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1
-        line = f"\r{line[:width]:<{width}}"
-    print(line, end="" if terminal and len(ended) < len(runs) else "\n", file=sys.stderr)
+def run_alone(number, variant):
+    """The rows of a run that has a process pool of its own: one that is killed kills no other."""
+    labels = variant.labels | {"seed": str(variant.settings.seed + number)}
+    try:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), watch_parent) as pool:
+            return pool.submit(train, variant.script, variant.words, labels).result()
+    except BrokenExecutor:
+        return [labels | dict.fromkeys(FIGURES, "") | {"error": "its process was killed"}]
 
 
-# --- 3. Table -------------------------------------------------------------------------------------
+def watch_parent():
+    """Make this process end when its parent has ended, in whatever way."""
+
+    def follow():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def train(script, words, labels):
+    """A run, in its own process: its rows, as text. If it fails, they end there and say why."""
+    np.seterr(all="ignore")  # the scripts themselves check that all is finite
+    rows = [labels | dict.fromkeys(FIGURES, "") | {"error": "no update was made"}]
+    try:
+        module = import_module(script)
+        settings = module.parse([*words, f"--seed={labels['seed']}"])
+        for figures in module.train(settings, module.initial_policy(settings)):
+            needed = [figures[key] for key in FIGURES]
+            np.array(needed, float)  # if an edited script lacks one, the run fails here
+            text = {key: str(figure) for key, figure in figures.items()}
+            rows.append(labels | text | {"error": ""})
+    except BaseException as problem:  # noqa: BLE001 (an edited script may even call sys.exit)
+        frames = traceback.extract_tb(problem.__traceback__)
+        places = [frame.lineno for frame in frames if Path(frame.filename).stem == script]
+        place = f", {script}.py, line {places[-1]}" if places else ""
+        rows[-1]["error"] = " ".join(f"{type(problem).__name__}: {problem}{place}".split())
+    return rows[1:] or rows
+
+
+# --- 3. CSV ---------------------------------------------------------------------------------------
+def write_csv(path, rows):
+    """All rows, with empty cells where a script has no such column."""
+    names = dict.fromkeys(chain.from_iterable(rows))
+    text = StringIO(newline="")
+    writer = csv.DictWriter(text, sorted(names, key=lambda name: name == "error"))  # it is last
+    writer.writeheader()
+    writer.writerows(rows)
+    replace_file(path, text.getvalue().encode())
+
+
+def replace_file(path, content):
+    """Write beside it, then rename: at any moment the file is whole, the old one or the new one."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_bytes(content)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read_csv(path):
+    """The rows that `write_csv` has written. They stay text."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        for row in rows:
+            # DictReader puts None for missing or surplus cells; np.array refuses what is no number.
+            if None in row or None in [row["variant"], row["env"], *row.values()]:
+                raise ValueError("a row has too many cells, or too few")
+            needed = FIGURES if row["update"] or not row["error"] else []
+            np.array([row["seed"], row["threshold"] or 0, *[row[key] for key in needed]], float)
+    except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
+        refuse(f"{path} holds no data of compare.py: {type(error).__name__} {error}")
+    return rows or refuse(f"{path} holds no rows")
+
+
+# --- 4. Table -------------------------------------------------------------------------------------
 def column(rows, key):
-    """One figure of every row, as an array."""
-    return np.array([row[key] for row in rows], float)
+    """One figure of every row. (A run whose process was killed has a row without figures.)"""
+    return np.array([float(row[key]) for row in rows if row["update"]])
 
 
-def curve(rows):
-    """Steps and returns of a run, without its beginning: nan until the first episode has ended."""
-    known = [row for row in rows if np.isfinite(row["episode_return"])]
-    return column(known, "steps"), column(known, "episode_return")
+def is_solved(row):
+    """Whether the mean of the last 100 episodes is at the threshold."""
+    if "" in (row["threshold"], row["episodes"]) or float(row["episodes"]) < 100:
+        return False
+    return float(row["episode_return"]) >= float(row["threshold"])
+
+
+def has_collapsed(run):
+    """Whether half of a gain was lost again. The gain is the best return so far minus the first one
+    over 100 episodes; less than a fifth of the way to the threshold is none."""
+    returns = column(run, "episode_return")[column(run, "episodes") >= 100]
+    best = np.maximum.accumulate(returns)
+    gain = best - returns[:1]
+    enough = (gain > 0) & (gain >= (float(run[0]["threshold"]) - returns[:1]) / 5)
+    return bool((enough & (best - returns >= gain / 2)).any())
 
 
 def interquartile_mean(values):
     """The mean without the lowest and the highest quarter: one lucky seed counts little."""
-    return np.mean(np.sort(values)[len(values) // 4 : len(values) - len(values) // 4])
+    quarter = len(values) // 4
+    return np.mean(np.sort(values)[quarter : len(values) - quarter])
 
 
-def collapses(returns, threshold=None):
-    """How often the return falls within 10 updates by half or more of its gain (best - first).
-    The next fall counts only after a recovery to half of the gain. A gain under a fifth of the way
-    from the first return to the threshold is noise: too little to lose."""
-    count, recovered = 0, 0  # recovered: since which update; None while fallen
-    smallest = 0.2 * max(0, threshold - returns[0]) if threshold is not None else 0
-    for now, value in enumerate(returns):
-        half = (max(returns[: now + 1]) - returns[0]) / 2  # of the gain
-        if recovered is None:
-            recovered = now if value >= returns[0] + half else None
-        elif 2 * half > smallest and max(returns[max(recovered, now - 10) : now]) - value >= half:
-            count, recovered = count + 1, None
-    return count
+def shown(values, statistic, digits):
+    """A statistic of the values as text, a dash if there are none."""
+    return format(statistic(values), digits) if len(values) else "-"
 
 
-def cells(runs, env):
-    """A variant's line in the table, from the rows of its finished runs."""
-    solved = [run[column(run, "solved").argmax()]["steps"] for run in runs if run[-1]["solved"]]
-    returns = [values for _, values in map(curve, runs) if len(values)]
-    last = [values[-1] for values in returns]
-    kl = np.concatenate([column(run, "kl") for run in runs])
-    yield from (f"{len(solved)}/{len(runs)}", f"{np.median(solved):.0f}" if solved else "-")
-    yield f"{interquartile_mean(last):.1f} ({min(last):.1f} to {max(last):.1f})" if last else "-"
-    yield from (f"{np.median(kl):.2g}", f"{kl.max():.2g}")
-    yield sum(collapses(values, gym.spec(env).reward_threshold) for values in returns)
-    yield f"{np.median([run[-1]['seconds'] / len(run) for run in runs]):.3f}"
+def cells(rows):
+    """What the table says about a variant. Runs that failed count, with the rows they have."""
+    runs = [list(run) for _, run in groupby(rows, lambda row: row["seed"])]
+    learning = []  # each run's rows until it is solved
+    solved = []
+    for run in runs:
+        for row in run:
+            learning.append(row)
+            if is_solved(row):
+                solved.append(row)
+                break
+    ends = [run[-1] for run in runs]
+    last = [value for value in column(ends, "episode_return") if np.isfinite(value)]
+    return [
+        f"{len(solved)}/{len(runs)}" if rows[0]["threshold"] else "-",
+        shown(column(solved, "steps"), np.median, ",.0f"),
+        shown(last, interquartile_mean, ".4g"),
+        shown(last, min, ".4g") + " to " + shown(last, max, ".4g"),
+        shown(column(learning, "kl"), np.median, ".2g"),
+        shown(column(rows, "kl"), max, ".2g"),
+        f"{sum(map(has_collapsed, runs))}/{len(runs)}" if rows[0]["threshold"] else "-",
+        shown(column(ends, "seconds") / column(ends, "update"), np.median, ".3f"),
+    ]
 
 
-def table(results, variants):
-    """A header, then a line per variant, 120 characters wide; of a long variant both its ends."""
-    layout = "{:<36}{:>7}{:>10}{:>28}{:>10}{:>10}{:>10}{:>9}"
-    names = "variant", "solved", "at step", "final return (range)", "median KL", "max KL"
-    lines = [layout.format(*names, "collapses", "s/update")]
-    for text, runs in results.items():
-        name = text if len(text) <= 35 else f"{text[:15]} ... {text[-15:]}"
-        lines.append(layout.format(name, *cells(runs, variants[text][2].env)))
+def table(rows):
+    """A line per variant, at most 100 columns wide. Long names go on below."""
+    layout = "{:<18}{:>7}{:>9}{:>8}{:>19}{:>12}{:>8}{:>10}{:>9}"
+    header = "variant,solved,at step,final,(range),learning KL,max KL,collapsed,s/update"
+    lines = [layout.format(*header.split(","))]
+    for variant, own in groupby(rows, lambda row: row["variant"]):
+        name, *others = textwrap.wrap(variant, 17, subsequent_indent="  ")
+        lines += [layout.format(name, *cells(list(own))), *others]
     return "\n".join(lines)
 
 
-# --- 4. Picture -----------------------------------------------------------------------------------
-def draw(figure, results, variants):
-    """Three panels and a legend. Each has one artist per variant, in its color, with its label."""
-    panels, entries = figure.subplot_mosaic([["return", "legend"], ["kl", "distance"]]), []
-    for text, runs in results.items():
-        number, rows = list(variants).index(text) % 8, [row for run in runs for row in run]
-        moved = [row for row in rows if row["kl"] > NOISE]  # a log axis can't show the others
-        style = {"label": text, "color": COLORS[number], "linestyle": LINES[number]}
-        line = draw_returns(panels["return"], runs, style, thin=len(results) < 5)
-        draw_kl(panels["kl"], moved, style)
-        shown = moved[:: len(moved) // 1000 + 1]  # of very many every second, third, ...
-        style |= {"marker": MARKERS[number], "linestyle": "-", "lw": 0, "s": 14, "alpha": 0.4}
-        cloud = panels["distance"].scatter(column(shown, "step_norm"), column(shown, "kl"), **style)
-        text = textwrap.fill(text, 44, max_lines=2).replace("$", r"\$")
-        text += f"\nKL 0 in {len(rows) - len(moved)} of {len(rows)} updates"
-        entries.append(((line, cloud), text))
-    envs = sorted({variants[text][2].env for text in results})
-    figure.suptitle(f"{', '.join(envs)}, seeds: {max(map(len, results.values()))}", weight="bold")
-    explain(panels, entries, {gym.spec(env).reward_threshold for env in envs} - {None})
+# --- 5. Picture -----------------------------------------------------------------------------------
+def write_picture(path, rows):
+    """Returns and KL over the steps, and KL over the change of theta: a variant has one color."""
+    figure = import_module("matplotlib.figure").Figure(figsize=(10, 8), layout="constrained")
+    panels = figure.subplot_mosaic([["return", "return"], ["kl", "distance"]])
+    rows = [row for row in rows if row["update"]]
+    for number, (name, own) in enumerate(groupby(rows, lambda row: row["variant"])):
+        own = list(own)
+        style = {"color": COLORS[number], "linestyle": LINES[number], "label": name}
+        draw_curve(panels["return"], own, "episode_return", interquartile_mean, style)
+        draw_curve(panels["kl"], own, "kl", np.median, style)
+        norms = column(own, "step_norm")
+        panels["distance"].scatter(norms, column(own, "kl"), 12, COLORS[number], lw=0, alpha=0.4)
+    explain(panels, rows)
+    mark_slice(panels["distance"], column(rows, "step_norm"), column(rows, "kl"))
+    content = BytesIO()
+    figure.savefig(content, format=path.suffix[1:].lower(), dpi=110)
+    replace_file(path, content.getvalue())
 
 
-def draw_curve(axis, steps, samples, center, style):
-    """Bold: the center of the samples at every number of steps. Band: their middle half."""
-    quarters = np.array([np.percentile(values, (25, 75)) for values in samples]).T
-    axis.locator_params(axis="x", nbins=4)  # few enough for numbers of six digits
-    axis.fill_between(steps, *quarters, color=style["color"], alpha=0.2, linewidth=0)
-    return axis.plot(steps, [center(values) for values in samples], lw=2, zorder=3, **style)[0]
+def draw_curve(axis, rows, key, center, style):
+    """In each 40th of the updates: the center of the figures, and as a band their middle half."""
+    figures = column(rows, key)
+    steps = column(rows, "steps")
+    updates = column(rows, "update")
+    windows = (updates - 1) * min(40, updates.max()) // updates.max()
+    points = []
+    for window in np.unique(windows[np.isfinite(figures)]):
+        inside = (windows == window) & np.isfinite(figures)
+        low, high = np.percentile(figures[inside], (25, 75))
+        points.append([steps[inside].mean(), low, center(figures[inside]), high])
+    steps, low, middle, high = np.reshape(points, (-1, 4)).T
+    axis.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
+    axis.plot(steps, middle, linewidth=2, marker="o", markersize=3, **style)
 
 
-def draw_returns(axis, runs, style, thin):
-    """Interquartile mean over the seeds, each brought to the same steps; thin: single seeds."""
-    curves = [(steps, values) for steps, values in map(curve, runs) if len(steps)]
-    for points in curves[:10] if thin else ():
-        axis.plot(*points, color=style["color"], linewidth=0.6, alpha=0.4)
-    ends = np.array([(steps[0], steps[-1]) for steps, _ in curves] or [(0, 0)])
-    grid = np.linspace(ends[:, 0].max(), ends[:, 1].min(), 150)
-    samples = np.array([np.interp(grid, *points) for points in curves] or [grid * np.nan]).T
-    return draw_curve(axis, grid, samples, interquartile_mean, style)
-
-
-def draw_kl(axis, moved, style):
-    """Median over the updates of all seeds in each 30th of the training (each update if fewer)."""
-    updates, steps = (max([row[key] for row in moved], default=1) for key in ("update", "steps"))
-    windows = np.arange(min(30, updates))
-    window = (column(moved, "update") - 1) * len(windows) // updates
-    samples = [column(moved, "kl")[window == number] for number in windows]
-    samples = [values if len(values) else [np.nan] for values in samples]  # nan: a gap
-    draw_curve(axis, (windows + 0.5) * steps / len(windows), samples, np.median, style)
-
-
-def explain(panels, entries, thresholds):
-    """Titles, units, the marks against which to read the curves, and the legend."""
-    steps, kl = "environment steps", r"KL$(\pi_{old}\,\|\,\pi_{new})$ in nats"
-    panels["return"].set(title="Return", xlabel=steps, ylabel="mean of the last 20 episodes")
-    panels["kl"].set(title="Policy distance per update", xlabel=steps, ylabel=kl, yscale="log")
-    panels["distance"].set(title="Policy distance against weight distance", ylabel=kl)
-    panels["distance"].set(xlabel=r"$\|\Delta\theta\|_2$ per update", xscale="log", yscale="log")
-    marks = [(panels["return"], height, f"solved:\n{height:g}") for height in thresholds]
+def explain(panels, rows):
+    """Axes, units, and what to read the curves against."""
+    panels["return"].set_title("Mean return of the last 100 episodes")
+    panels["return"].legend(loc="lower center", bbox_to_anchor=(0.5, 1.1), ncols=2, handlelength=4)
+    for env, threshold in {(row["env"], row["threshold"]) for row in rows if row["threshold"]}:
+        panels["return"].axhline(float(threshold), color="0.3", linewidth=1)
+        panels["return"].text(0, float(threshold), f" {env} is solved", va="top")
+    for axis in panels["return"], panels["kl"]:
+        axis.set(xlabel="environment steps", xlim=(0, 1.02 * max(column(rows, "steps"))))
+        axis.locator_params(axis="x", nbins=5)
+        axis.xaxis.set_major_formatter("{x:,.0f}")
+    panels["kl"].set_title("How far does an update move the policy?")
+    highest = max(0.1, 2 * max(column(rows, "kl")))
     for axis in panels["kl"], panels["distance"]:
-        marks += (axis, 0.01, "0.01 usual\ntrust region"), (axis, 0.1, "0.1 collapse\nrisk")
-    for axis, height, meaning in marks:
-        side = "top" if height == 0.01 else "bottom"  # away from the other mark
-        axis.axhline(height, color="0.3", linewidth=1)  # its text: to the right of the panel
-        axis.text(1.01, height, meaning, fontsize=9, va=side, transform=axis.get_yaxis_transform())
-    for axis in panels.values():
-        axis.spines[["top", "right"]].set_visible(False)
-    panels["legend"].axis("off")
-    note = "Bold: interquartile mean (KL: median).\nBand: the middle half. KL 0 is not shown."
-    look = {"loc": "center left", "frameon": False, "alignment": "left", "fontsize": "small"}
-    panels["legend"].legend(*zip(*entries), title=note, markerscale=2, handlelength=4, **look)
+        axis.axhline(0.01, color="0.3", linewidth=1)
+        axis.set(ylim=(SMALL, highest), yscale="log", ylabel="KL in nats; line: trust region")
 
 
-# --- 5. Everything together -----------------------------------------------------------------------
-def save(out, results, variants):
-    """The picture and, beside it, all rows as CSV: both complete, or as they were before."""
-    from matplotlib.figure import Figure  # here, so that the runs need not load it
-
-    figure = Figure(figsize=(10, 7), layout="constrained", facecolor="white")
-    draw(figure, results, variants)
-    rows = [row for runs in results.values() for run in runs for row in run]
-    targets = out, out.with_suffix(".csv")
-    parts = [path.with_name(f".{path.name}.{os.getpid()}") for path in targets]
-    try:
-        figure.savefig(parts[0], format=out.suffix[1:].lower(), dpi=110)
-        with open(parts[1], "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, dict.fromkeys(key for row in rows for key in row))
-            writer.writeheader()
-            writer.writerows(rows)
-        for part, target in zip(parts, targets):
-            os.replace(part, target)
-    finally:
-        for part in parts:
-            part.unlink(missing_ok=True)
+def mark_slice(axis, norms, kl):
+    """Shade a narrow slice of steps, around the median, and mark its range of KL."""
+    axis.set_title("Equal steps in weights, unequal ones in behavior")
+    axis.set(xlim=(1e-4, max(10, max(norms))), xscale="log", xlabel=r"$\|\Delta\theta\|_2$")
+    moved = kl > SMALL
+    if moved.any():
+        middle = np.sort(norms[moved])[moved.sum() // 2]
+        inside = kl[moved & (np.abs(norms / middle - 1) < 0.1)]
+        axis.axvspan(0.9 * middle, 1.1 * middle, color="0.85", zorder=0)
+        axis.vlines(middle, min(inside), max(inside), color="black", linewidth=2)
+        text = f"steps of {middle:.2g} ± 10 %:\nKL {min(inside):.1g} to {max(inside):.1g}"
+        axis.text(0.03, 0.97, text, va="top", transform=axis.transAxes)
 
 
+# --- 6. Everything together -----------------------------------------------------------------------
 def main(argv=None):
-    """Run everything, write the files, print the table. Returns the exit status."""
-    options, variants = parse(argv)
-    runs = [(text, variants[text][2].seed + n) for n in range(options.seeds) for text in variants]
-    rows, ended = run_all(variants, runs, options.jobs)
-    problems = [f"failed: {run[0]}, seed {run[1]}: {ended[run]}" for run in runs if ended.get(run)]
-    if missing := [f"{text}, seed {seed}" for text, seed in runs if (text, seed) not in ended]:
-        problems.append(f"interrupted, {len(missing)} of {len(runs)} missing: {'; '.join(missing)}")
-    finished = [run for run in runs if ended.get(run) == ""]
-    results = {text: [rows[run] for run in finished if run[0] == text] for text in variants}
-    results = {text: kept for text, kept in results.items() if kept}
-    if results:
-        try:
-            save(options.out, results, variants)
-            if options.show and not webbrowser.open(options.out.resolve().as_uri()):
-                print(f"--show: no display; the picture is in {options.out}", file=sys.stderr)
-        except OSError as error:
-            problems.append(f"{options.out} cannot be written: {error.strerror or error}")
-        print(table(results, variants), flush=True)
+    """Returns the exit status: 1 if anything failed. After Ctrl-C, the CSV can be drawn."""
+    options, rows, variants = parse(argv)
+    data = options.out.with_suffix(".csv")
+    problems = []
+    try:
+        if rows:
+            write_csv(data, rows)
+        train_all(variants, options, rows)
+    except OSError as error:
+        problems.append(f"{data} cannot be written: {error.strerror}")
+    problems += ["failed: {variant}, {seed}: {error}".format(**row) for row in rows if row["error"]]
+    print(table(rows))
+    try:
+        write_picture(options.out, rows)
+    except Exception as error:  # noqa: BLE001 (the data are safe)
+        problems.append(f"no picture: {type(error).__name__}: {error}")
+    print(f"picture: {options.out}, data: {data}")
     print(*problems, sep="\n", end="\n" if problems else "", file=sys.stderr)
-    return 130 if missing else 1 if problems else 0
+    return min(1, len(problems))
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # 128 + 2, the number of the signal
+    sys.exit(main())

@@ -1,442 +1,300 @@
-"""What compare.py does: variants, runs, data, table and picture, with real and with toy scripts."""
+"""What compare.py does: variants, runs, CSV, table and picture, with real and with toy scripts."""
 
-import os
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before NumPy, as in the scripts
 import csv
 import importlib
-import multiprocessing
+import itertools
+import os
 import shutil
-import struct
+import signal
+import statistics
+import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-from matplotlib.colors import to_hex
-from matplotlib.figure import Figure
 
 HERE = Path(__file__).resolve().parent
-SOURCE = HERE if (HERE / "compare.py").exists() else HERE.parent  # beside the scripts, or below
-FOLDER = Path(tempfile.mkdtemp())  # compare.py takes the scripts that lie beside it
-pytestmark = [
-    pytest.mark.filterwarnings("error"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # matplotlib's own, as it grows old
-]
+SOURCE = HERE if (HERE / "compare.py").exists() else HERE.parent
+TEMPORARY = tempfile.TemporaryDirectory()  # compare.py takes the scripts that lie beside it
+FOLDER = Path(TEMPORARY.name)
 TOY = '''
-"""Ten updates whose figures are known; --fail N: the N-th raises; --quiet 1: no row at all;
---wait N: sleeps so many seconds first."""
-import argparse
-import dataclasses
-import time
-
-
-@dataclasses.dataclass
-class Settings:
-    env: str = "CartPole-v1"
-    seed: int = 0
-    steps: int = 1000
-    gain: float = 40.0
-    fail: int = 0
-    quiet: int = 0
-    wait: int = 0
-
-
+"""Ten updates with known figures. --fail N: the N-th raises, exits or kills its process (--how)."""
+import argparse, dataclasses, os, sys, time, types
+FIELDS = {"env": "CartPole-v1", "seed": 0, "steps": 1000, "watch": 0, "gain_factor": 60.0,
+          "fall": 0.0, "fail": 0, "how": "raise", "wait": 0.0, "updates": 10}
+Settings = dataclasses.make_dataclass(
+    "Settings", [(k, type(v), dataclasses.field(default=v)) for k, v in FIELDS.items()])
 def parse(argv=None):
-    parser = argparse.ArgumentParser("toy.py")
-    for field in dataclasses.fields(Settings):
-        parser.add_argument(f"--{field.name}", default=field.default, type=field.type)
-    return Settings(**vars(parser.parse_args(argv)))
-
-
-def train(settings):
-    time.sleep(settings.wait)
-    for n in range(1, 0 if settings.quiet else 11):
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    for name, default in FIELDS.items():
+        parser.add_argument("--" + name.replace("_", "-"), default=default, type=type(default))
+    settings = Settings(**vars(parser.parse_args(argv)))
+    if settings.gain_factor < 0:
+        parser.error("gain_factor must be from 0 to inf, not -1")
+    return settings
+def make_env(settings, n):
+    threshold = None if settings.env == "Free" else 475
+    spec = types.SimpleNamespace(id=settings.env + "!", reward_threshold=threshold)
+    return types.SimpleNamespace(spec=spec)
+def initial_policy(settings): pass
+def train(settings, policy):
+    for n in range(1, settings.updates + 1):
+        time.sleep(settings.wait)
+        if n == settings.fail and settings.how == "raise":
+            raise FloatingPointError("no longer finite")
         if n == settings.fail:
-            raise FloatingPointError(f"update {n} is no longer finite: take smaller steps")
-        value = float("nan") if n == 1 else settings.gain * n + settings.seed
-        row = {"update": n, "steps": settings.steps * n // 10, "episode_return": value}
-        row |= {"kl": 0.0 if n % 5 == 0 else 0.001 * n, "step_norm": 0.1 * n}
-        yield row | {"solved": value >= 475, "seconds": 0.5 * n, "own": 7}
+            {"exit": sys.exit, "kill": os._exit}[settings.how](7)
+        value = settings.gain_factor * n + settings.seed - settings.fall * (n > 8)
+        yield {"update": n, "steps": 100 * n, "episodes": 50 * n, "kl": 0.001 * n * (n % 5 > 0),
+               "episode_return": float("nan") if n == 1 else value, "step_norm": 0.1 * n,
+               "seconds": 0.5 * n, "own": 7}
 '''
-
-
-@pytest.fixture(scope="module", autouse=True)
-def folder():
-    sys.path.insert(0, str(FOLDER))  # before what other tests have put there: runs inherit it
-    yield
-    sys.path.remove(str(FOLDER))
-    shutil.rmtree(FOLDER, ignore_errors=True)
-
-
-for name in ("compare", "vpg", "trpo", "ppo"):
-    shutil.copy(SOURCE / f"{name}.py", FOLDER)
+FAILING_LINE = 1 + TOY[: TOY.index("raise FloatingPointError")].count("\n")
+for script in ("compare", "vpg", "trpo", "ppo"):
+    shutil.copy(SOURCE / f"{script}.py", FOLDER)
 (FOLDER / "toy.py").write_text(TOY, encoding="utf-8")
-(FOLDER / "broken.py").write_text("def train(settings:\n", encoding="utf-8")
-(FOLDER / "lacking.py").write_text("train = 1\n", encoding="utf-8")
-(FOLDER / "poor.py").write_text(
-    TOY.replace('"kl"', '"distance"').replace("toy.py", "poor.py"), encoding="utf-8"
-)
+(FOLDER / "broken.py").write_text("raise RuntimeError('at import')\n", encoding="utf-8")
 sys.path.insert(0, str(FOLDER))
 compare = importlib.import_module("compare")
+sys.path.remove(str(FOLDER))
 
 
-# --- Helpers --------------------------------------------------------------------------------------
-def settings(text):
-    return compare.parse([text])[1][text][2]
-
-
-def toy(gain=40.0, seed=0):
-    """The rows of one toy run."""
-    return list(compare.load("toy").train(compare.load("toy").Settings(gain=gain, seed=seed)))
-
-
-def data(path):
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def untimed(rows):
-    return [{key: cell for key, cell in row.items() if key != "seconds"} for row in rows]
-
-
-def lab(where, *words):
-    """Run compare.main in a folder: status, rows of the CSV, files."""
-    status = compare.main([*words, "--out", str(where / "x.png")])
-    there = sorted(path.name for path in where.iterdir())
-    return status, data(where / "x.csv") if "x.csv" in there else [], there
-
-
-# --- Command line ---------------------------------------------------------------------------------
-def test_parse_takes_variants_as_typed():
-    """Without any, the three scripts as they are. Options of all; a variant's own come last."""
-    variants = compare.parse([])[1]
-    assert list(variants) == ["vpg", "trpo", "ppo"]
-    for name, (script, _, given) in variants.items():
-        assert script == name and vars(given) == vars(importlib.import_module(name).Settings())
-    words = [
-        "ppo --clip inf",
-        "--steps",
-        "500",
-        "ppo --steps 7",
-        "--env=Acrobot-v1",
-        "ppo  --clip inf",
-    ]
-    options, variants = compare.parse(words)
-    assert list(variants) == ["ppo --clip inf", "ppo --steps 7"]  # twice the same: once
-    chosen = [(given.clip, given.steps, given.env) for _, _, given in variants.values()]
-    assert chosen == [(float("inf"), 500, "Acrobot-v1"), (0.2, 7, "Acrobot-v1")]
-    assert (options.seeds, str(options.out), options.show) == (5, "compare.png", False)
-
-
-WRONG = {
-    "nothing": "no script 'nothing'",
-    "compare": "no script 'compare'",
-    "": "no script ''",
-    "ppo --clip -1": "clip must be from 0 to inf",
-    "ppo --klip 1": "unrecognized arguments: --klip",
-    "ppo 'a": "No closing quotation",
-    "trpo --env Pendulum-v1": "env must have",
-    "broken": "broken.py: SyntaxError",
-    "lacking": "lacking.py: AttributeError",
-    "--seeds=0": "--seeds must be from 1 to 1000",
-    "--seeds=1000000000": "--seeds must be from 1 to 1000",
-    "--jobs=-1": "at least 1",
-    "--steps=0": "steps must be from 1",
-    "--out=x.gif": "must end in .png, .svg, .pdf",
-    "--out=picture.png": "no folder, nor its .csv: picture.png",
-    "--out=data.png": "no folder, nor its .csv: data.png",
-    "--out=nowhere/x.png": "no file can be written in nowhere",
-}
-
-
-@pytest.mark.parametrize("wrong", WRONG)
-def test_parse_refuses_before_anything_runs(wrong, capsys, tmp_path, monkeypatch):
+@pytest.fixture
+def lab(tmp_path, monkeypatch, capsys):
+    """A function that runs compare.main in an empty folder: exit status, table, errors."""
     monkeypatch.chdir(tmp_path)
-    there = Path("picture.png"), Path("data.csv")
-    for folder in there:
-        folder.mkdir()
-    with pytest.raises(SystemExit) as stopped:
-        compare.main(["vpg", wrong])
-    printed = capsys.readouterr()
-    assert stopped.value.code == 2 and not printed.out and {*Path().iterdir()} == {*there}
-    assert WRONG[wrong] in printed.err.splitlines()[-1]
+    monkeypatch.syspath_prepend(FOLDER)  # new processes inherit it
+
+    def run(*words):
+        try:
+            status = compare.main(list(words))
+        except SystemExit as stop:
+            status = stop.code
+        printed = capsys.readouterr()
+        return status, printed.out.partition("picture:")[0], printed.err
+
+    return run
 
 
-# --- Runs and data --------------------------------------------------------------------------------
-def test_data_have_every_row_in_order_whatever_the_jobs(tmp_path):
-    """Variant as given, then seed, then update; one column per key; empty where there is none."""
-    words = ["trpo --hidden 4", "ppo --epochs 1 --seed 5", "--steps", "3000", "--seeds", "2"]
+def data(path="compare.csv"):
+    return list(csv.DictReader(Path(path).read_text(encoding="utf-8").splitlines()))
+
+
+def runs_of(rows):
+    return list(dict.fromkeys((row["variant"], row["seed"]) for row in rows))
+
+
+def figures(table):
+    """The lines of a table that have figures, as lists of words, without the name."""
+    return [line[18:].split() for line in table.splitlines()[1:] if line[18:].strip()]
+
+
+# --- Runs and CSV ---------------------------------------------------------------------------------
+def test_csv_is_the_same_with_one_and_two_jobs(lab):
+    words = ["trpo --hidden 4", "ppo --epochs 1 --seed 5", "--steps", "2600", "--seeds", "2"]
     tables = []
     for jobs in "12":
-        (tmp_path / jobs).mkdir()
-        status, rows, files = lab(tmp_path / jobs, *words, "--jobs", jobs)
-        assert status == 0 and files == ["x.csv", "x.png"]
-        tables.append(untimed(rows))
+        assert lab(*words, "--jobs", jobs, "--out", f"{jobs}.png")[0] == 0
+        rows = data(f"{jobs}.csv")
+        tables.append([{k: cell for k, cell in row.items() if k != "seconds"} for row in rows])
     assert tables[0] == tables[1]
-    order = [(row["variant"], int(row["seed"]), int(row["update"])) for row in rows]
-    runs = [("trpo --hidden 4", 0), ("trpo --hidden 4", 1)]
-    runs += [("ppo --epochs 1 --seed 5", 5), ("ppo --epochs 1 --seed 5", 6)]
-    assert order == [(*run, update) for run in runs for update in (1, 2, 3)]
-    columns = "variant seed update steps episode_return kl entropy step_norm explained_variance"
-    columns = [*columns.split(), "solved", "seconds"]
-    own = ["surrogate_gain", "backtracks", "clip_fraction", "epochs"]
-    assert list(rows[0]) == columns + own
-    assert [[row[key] != "" for key in own] for row in rows] == 6 * [[1, 1, 0, 0]] + 6 * [
-        [0, 0, 1, 1]
-    ]
+    columns = "variant env threshold seed update steps episodes episode_return kl entropy step_norm"
+    assert list(rows[0])[:13] == [*columns.split(), "explained_variance", "seconds"]
+    assert list(rows[0])[-1] == "error" and {"backtracks", "clip_fraction"} < set(rows[0])
+    assert rows[0]["backtracks"] and not rows[-1]["backtracks"]
+    assert list(rows[0].values())[1:4] == ["CartPole-v1", "475.0", "0"]
+    assert [run[-1] for run in runs_of(rows)] == ["0", "1", "5", "6"]
     module = importlib.import_module("ppo")
-    alone = list(module.train(module.Settings(steps=3000, epochs=1, seed=6)))
-    for row, cells in zip(alone, rows[-3:], strict=True):
-        assert all(cells[key] == str(row[key]) for key in row.keys() - {"seconds"})
+    settings = module.Settings(steps=2600, epochs=1, seed=6)
+    *_, last = module.train(settings, module.initial_policy(settings))
+    assert all(rows[-1][key] == str(last[key]) for key in last.keys() - {"seconds"})
+
+
+def test_csv_is_whole_before_each_line_of_progress(lab, monkeypatch):
+    """Each write replaces the file at once, and holds all runs so far; a failed one changes nothing."""
+    seen = []
+    original = os.replace
+    monkeypatch.setattr(os, "replace", lambda *paths: (original(*paths), seen.append(data())))
+    _, _, errors = lab("toy", "--seeds", "3", "--jobs", "1", "--out", "compare.svg")
+    assert [len(runs_of(rows)) for rows in seen] == [1, 2, 3, 3]  # the last one is the picture
+    assert [line[:6] for line in errors.splitlines()] == ["1 of 3", "2 of 3", "3 of 3"]
+    before = Path("compare.csv").read_bytes()
+    monkeypatch.setattr(os, "replace", lambda *_: os.stat("nowhere"))
+    status, table, errors = lab("toy --fall 1", "--out", "compare.svg")
+    assert status == 1 and "compare.csv cannot be written" in errors and "toy --fall 1" in table
+    assert Path("compare.csv").read_bytes() == before and len(os.listdir()) == 2
+
+
+def test_drawing_again_and_adding(lab):
+    _, table, _ = lab("toy", "vpg --steps 1300", "toy --fail 4", "--seeds", "2")
+    picture = Path("compare.png").read_bytes()
+    content = Path("compare.csv").read_bytes()
+    _, again, errors = lab("compare.csv")
+    assert again == table and "failed: toy --fail 4" in errors
+    assert Path("compare.png").read_bytes() == picture
+    assert Path("compare.csv").read_bytes() == content
+    _, longer, _ = lab("compare.csv", "toy --fall 300", "--seeds", "1")
+    assert longer.startswith(table) and len(figures(longer)) == 4
+    rows = data()
+    assert runs_of(rows)[-2:] == [("toy --fail 4", "1"), ("toy --fall 300", "0")]
+    for given in ("toy", "toy.py", "compare.csv"):
+        assert lab("compare.csv", given)[0] == 2 and data() == rows
+    Path("compare.csv").rename("other.csv")
+    lab("other.csv")
+    assert Path("other.png").exists() and not Path("compare.csv").exists()
 
 
 FAILURES = {
-    "toy --fail 4": "update 4 is no longer finite: take smaller steps",
-    "toy --quiet 1": "no rows",
-    "poor": "the rows lack kl",
+    "toy --fail 4": (3, f"FloatingPointError: no longer finite, toy.py, line {FAILING_LINE}"),
+    "toy --fail 1": (1, "FloatingPointError: no longer finite"),
+    "toy --fail 4 --how exit": (3, f"SystemExit: 7, toy.py, line {FAILING_LINE + 2}"),
+    "toy --fail 4 --how kill": (1, "its process was killed"),
+    "toy --updates 0": (1, "no update was made"),
 }
 
 
 @pytest.mark.parametrize("text", FAILURES)
-def test_a_failing_variant_leaves_the_others(text, tmp_path, capsys):
-    status, rows, files = lab(tmp_path, text, "toy", "--seeds", "2", "--jobs", "2")
-    assert status == 1 and files == ["x.csv", "x.png"]
-    assert [row["variant"] for row in rows] == 20 * ["toy"]
-    printed = capsys.readouterr()
-    failed = [f"failed: {text}, seed {seed}: {FAILURES[text]}" for seed in (0, 1)]
-    assert printed.err.splitlines()[-2:] == failed
-    assert [line.split()[:2] for line in printed.out.splitlines()[1:]] == [["toy", "0/2"]]
+def test_failed_runs_count_and_take_nothing_along(text, lab):
+    left, message = FAILURES[text]  # the rows that are kept, and why it fails
+    status, table, errors = lab(text, "toy", "--seeds", "2", "--jobs", "2")
+    rows = [row for row in data() if row["variant"] == text]
+    failed = [bool(row["error"]) for row in rows]
+    assert status == 1 and failed == ([False] * (left - 1) + [True]) * 2
+    assert rows[-1]["error"] == message or left == 1 and message in rows[-1]["error"]
+    assert f"failed: {text}, 1: {message}" in errors
+    assert figures(table)[0][0] == "0/2" and figures(table)[1][0] == "2/2"
+    assert Path("compare.png").exists() and lab("compare.csv")[1] == table
 
 
-def test_all_variants_fail(tmp_path, capsys):
-    status, _, files = lab(tmp_path, "toy --fail 1", "--seeds", "1")
-    printed = capsys.readouterr()
-    assert status == 1 and not files and not printed.out and len(printed.err.splitlines()) == 1
-
-
-@pytest.mark.parametrize("after", [1, 3])
-def test_an_interrupt_keeps_what_has_finished(after, tmp_path, capsys, monkeypatch):
-    """Exit status 130, picture and data of the finished runs, the others named, no process left."""
-    original = compare.progress
-
-    def progress(variants, runs, rows, run, ended, began):
-        original(variants, runs, rows, run, ended, began)
-        if len(ended) == after:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(compare, "progress", progress)
-    status, rows, files = lab(tmp_path, "toy", "toy --gain 3", "--seeds", "2", "--jobs", "1")
-    assert status == 130 and files == ["x.csv", "x.png"] and not multiprocessing.active_children()
-    runs = [("toy", "0"), ("toy --gain 3", "0"), ("toy", "1"), ("toy --gain 3", "1")]
-    kept = sorted(runs[:after])
-    assert [(row["variant"], row["seed"]) for row in rows] == [
-        run for run in kept for _ in range(10)
-    ]
-    last = capsys.readouterr().err.splitlines()[-1]
-    missing = "; ".join(f"{text}, seed {seed}" for text, seed in runs[after:])
-    assert last == f"interrupted, {4 - after} of 4 missing: {missing}"
-
-
-def test_an_interrupt_ends_the_runs_that_go_on(tmp_path, monkeypatch):
-    """They are not waited for."""
-    processes, original = [], compare.start
-
-    def start(*given):
-        receiving, process = original(*given)
-        processes.append(process)
-        return receiving, process
-
-    def progress(variants, runs, rows, run, ended, began):
-        if ended:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(compare, "start", start)
-    monkeypatch.setattr(compare, "progress", progress)
-    words = ["toy", "toy --wait 20", "--seeds", "1", "--jobs", "2"]
-    status, rows, _ = lab(tmp_path, *words)
-    assert status == 130 and {row["variant"] for row in rows} == {"toy"}
-    assert processes[1].exitcode  # 0: it came to its end
-
-
-def test_an_interrupt_before_any_run_has_finished(tmp_path, capsys, monkeypatch):
-    def progress(*given):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(compare, "progress", progress)
-    status, _, files = lab(tmp_path, "toy", "--seeds", "2")
-    assert status == 130 and not files and "2 of 2 missing" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("terminal", [False, True])
-def test_progress(terminal, capsys, monkeypatch):
-    """One line per finished run; on a terminal one that is rewritten and fits its width."""
-    variants = compare.parse(["toy"])[1]
-    runs, ended = [("toy", 0), ("toy", 1)], {("toy", 0): ""}
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
-    monkeypatch.setattr(
-        compare.os, "get_terminal_size", lambda _: compare.os.terminal_size((50, 9))
-    )
-    monkeypatch.setattr(sys.stderr, "fileno", lambda: 2)
-    monkeypatch.setattr(compare.time, "perf_counter", lambda: 103.0)
-    rows = {("toy", 0): toy(), ("toy", 1): toy(seed=1)[:5]}  # 1.5 of 2 runs, in 3 s
-    for run in runs:
-        compare.progress(variants, runs, rows, run, ended, 100.0)
-    printed = capsys.readouterr().err
-    line = "1/2 runs, 1 s left | toy, seed {}: {} steps, return {:.1f}, kl {}"
-    lines = [line.format(0, 1000, 400, 0), line.format(1, 500, 201, 0)]
-    if terminal:
-        assert printed == "".join(f"\r{line[:49]:<49}" for line in lines)
-    else:
-        assert printed == lines[0] + "\n"
+def test_errors_of_scripts_and_of_drawing(lab, monkeypatch):
+    with pytest.raises(RuntimeError, match="at import"):
+        lab("toy", "broken")
+    assert not os.listdir()
+    monkeypatch.setattr(compare, "explain", lambda *_: 1 / 0)
+    status, table, errors = lab("toy", "--seeds", "1")
+    assert status == 1 and "no picture: ZeroDivisionError" in errors
+    assert len(data()) == 10 and figures(table)
 
 
 # --- Table ----------------------------------------------------------------------------------------
-@pytest.mark.parametrize("count", range(1, 13))
-def test_interquartile_mean(count):
-    values = np.random.default_rng(count).permutation(np.arange(count) ** 2.0)
-    kept = sorted(values)[count // 4 :]
-    while len(kept) > count - 2 * (count // 4):
-        kept.pop()
-    assert np.isclose(compare.interquartile_mean(values), sum(kept) / len(kept))
-
-
-COLLAPSES = [  # returns, threshold, how often it collapsed
-    ([20, 200, 500, 500, 490], 475, 0),
-    ([20, 200, 500, 261, 500], 475, 0),  # has lost 239 of a gain of 480: less than half
-    ([20, 200, 500, 260, 500], 475, 1),
-    ([20, 500, 30, 500, 30, 500], 475, 2),  # recovered in between
-    ([20, 500, 30, 100, 30, 100, 20], 475, 1),  # fell once and stayed low
-    ([20, *range(500, 100, -25)], 475, 1),  # slowly, but by 250 within ten updates
-    ([20, *range(500, 100, -10)], 475, 0),  # slower than that
-    ([-500, -300, -100, -110, -320, -100], -100, 1),  # negative: lost 220 of a gain of 400
-    ([-500, -100, -290, -100], -100, 0),
-    ([20, 60, 20, 60, 20], 475, 0),  # a gain of 40 is noise
-    ([20, 60, 20, 60, 20], None, 2),  # which cannot be said without a threshold
-    ([20], 475, 0),
-    ([500, 400, 300, 9], 475, 0),  # nothing had been gained
+COLLAPSED = [  # returns, whether it has collapsed
+    ([20, 200, 500, 490], False),
+    ([20, 200, 500, 261, 500], False),  # lost 239 of a gain of 480
+    ([20, 200, 500, 260, 500], True),
+    ([20, *range(500, 100, -5)], True),  # however slowly
+    ([20, 110, 20], False),  # a gain of 90 of 455 is less than a fifth
+    ([20, 111, 65.5], True),
+    ([200, 20, 20], False),  # nothing had been gained
 ]
 
 
-@pytest.mark.parametrize(("returns", "threshold", "count"), COLLAPSES)
-def test_collapses(returns, threshold, count):
-    assert compare.collapses(np.array(returns, float), threshold) == count
+@pytest.mark.parametrize(("returns", "collapsed"), COLLAPSED)
+def test_collapsed(returns, collapsed):
+    row = {"update": "1", "threshold": "475.0"}
+    rows = [row | {"episodes": "99", "episode_return": str(value)} for value in (500, 9)]
+    rows += [row | {"episodes": "100", "episode_return": str(value)} for value in returns]
+    assert compare.has_collapsed(rows) == collapsed and not compare.has_collapsed(rows[:3])
+    assert not compare.is_solved(rows[0]) and compare.is_solved(rows[0] | {"episodes": "100"})
 
 
-def test_table():
-    """Solved runs and their median step, interquartile mean, KL, seconds; 120 characters wide."""
-    long = "toy --gain 50 --fail 0 --quiet 0 --seed 1234567 --env CartPole-v1"
-    variants = compare.parse(["toy", "toy --gain 100", long])[1]
-    results = {"toy": [toy(), toy(seed=1)], "toy --gain 100": [toy(100, seed) for seed in range(5)]}
-    results[long] = results["toy"]
-    header, *lines = compare.table(results, variants).splitlines()
-    assert [len(line) for line in (header, *lines)] == 4 * [120]
-    assert lines[0].split("  ")[0] == "toy" and lines[2].startswith("toy --gain 50 -")
-    assert lines[2].split("  ")[0].endswith("--env CartPole-v1"[-15:])
-    first, second = (line[36:].split() for line in lines[:2])
-    assert first == ["0/2", "-", "400.5", "(400.0", "to", "401.0)", "0.0035", "0.009", "0", "0.500"]
-    assert second == [
-        "5/5",
-        "500",
-        "1002.0",
-        "(1000.0",
-        "to",
-        "1004.0)",
-        "0.0035",
-        "0.009",
-        "0",
-        "0.500",
-    ]
+def test_table(lab):
+    """Against figures made by hand from what the toy yields: 60 n + seed in update n."""
+    known = {(7,): 7, (1, 9): 5, (3, 1, 200): 68, (100, 3, 0, 4): 3.5, (9, 1, 0, 2, 99): 4}
+    assert all(compare.interquartile_mean(values) == mean for values, mean in known.items())
+    long = "toy --gain-factor 60.0 --updates 9 --fall 0"
+    words = ["toy", "toy --gain-factor 50 --fall 300", long, "toy --env Free", "toy --updates 1"]
+    _, table, _ = lab(*words, "--seeds", "5")
+    assert max(map(len, table.splitlines())) <= 100
+    assert long in " ".join(line[:18].strip() for line in table.splitlines())
+    solved, fallen, _, free, single = figures(table)
+    kl = [0.001 * n * (n % 5 > 0) for n in range(1, 11)]
+    until, whole = (f"{statistics.median(part):.2g}" for part in (kl[:8], kl))  # 480 in update 8
+    assert solved == ["5/5", "800", "602", "600", "to", "604", until, "0.009", "0/5", "0.500"]
+    assert fallen == ["0/5", "-", "202", "200", "to", "204", whole, "0.009", "5/5", "0.500"]
+    assert free[0] == "-" and free[-2] == "-"
+    assert single == ["0/5", "-", "-", "-", "to", "-", "0.001", "0.001", "0/5", "0.500"]
 
 
 # --- Picture --------------------------------------------------------------------------------------
-def drawn(texts, results=None):
-    """The figure of these variants, drawn, and its four parts by title ("": the legend's)."""
-    figure = Figure(figsize=(10, 7), layout="constrained")
-    results = results or {
-        text: [toy(20.0 + n, seed) for seed in (0, 1)] for n, text in enumerate(texts)
-    }
-    compare.draw(figure, results, compare.parse(texts)[1])
-    figure.draw_without_rendering()
-    return figure, {axis.get_title(): axis for axis in figure.axes}
+VARIANTS = ["toy", *(f"toy --gain-factor {n} --updates {n}" for n in range(2, 9))]
+PICTURES = [VARIANTS[:1], VARIANTS[:2], VARIANTS[:3], VARIANTS, ["toy --updates 1"]]
+PICTURES += [["ppo --steps 3000", "trpo --steps 3000"], ["vpg --learning-rate 0 --steps 1300"]]
 
 
-TITLES = "Return", "Policy distance per update", "Policy distance against weight distance"
-NAMES = ["toy", *(f"toy --gain {gain}" for gain in range(7))]
+@pytest.mark.parametrize("texts", PICTURES)
+@pytest.mark.filterwarnings("error")
+def test_picture(texts, lab, monkeypatch):
+    """Every variant, within the page; no two labels of an axis overlap, by matplotlib's own boxes."""
+    figure_class = importlib.import_module("matplotlib.figure").Figure
+    saved = []
+    original = figure_class.savefig
+    keep = lambda self, *a, **k: (saved.append(self), original(self, *a, **k))
+    monkeypatch.setattr(figure_class, "savefig", keep)
+    assert lab(*texts, "--seeds", "2")[0] == 0 and Path("compare.png").stat().st_size <= 300_000
+    legend = saved[0].axes[0].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == texts
+    for panel, one in itertools.product(saved[0].axes, ["xaxis", "yaxis"]):
+        box = panel.get_tightbbox()
+        assert min(box.x0, box.y0) >= 0 and box.x1 <= 1100 and box.y1 <= 880
+        labels = getattr(panel, one).get_ticklabels(which="both")
+        low, high = getattr(panel, one).get_view_interval()
+        places = [low <= label.get_position()[one == "yaxis"] <= high for label in labels]
+        boxes = [t.get_window_extent() for t in itertools.compress(labels, places) if t.get_text()]
+        assert len(boxes) >= 2 and panel.get_title() and panel.get_xlabel()
+        assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 8])
-def test_picture_has_one_artist_per_variant_and_panel(count):
-    """With the variant's label and color, the same in each panel; log axes; marks; all visible."""
-    figure, panels = drawn(NAMES[:count])
-    assert set(panels) == {*TITLES, ""}
-    for title in TITLES:
-        artists = panels[title].collections if title == TITLES[2] else panels[title].lines
-        named = {a.get_label(): a for a in artists if not a.get_label().startswith("_")}
-        assert list(named) == NAMES[:count]
-        colors = [
-            a.get_facecolor()[0] if title == TITLES[2] else a.get_color() for a in named.values()
-        ]
-        assert [to_hex(color) for color in colors] == [c.lower() for c in compare.COLORS[:count]]
-    thin = [line for line in panels["Return"].lines if line.get_linewidth() == 0.6]
-    assert len(thin) == (2 * count if count < 5 else 0)  # one a seed, while there is room
-    scales = [(panels[title].get_xscale(), panels[title].get_yscale()) for title in TITLES]
-    assert scales == [("linear", "linear"), ("linear", "log"), ("log", "log")]
-    for title, marks in zip(TITLES, ([475], [0.01, 0.1], [0.01, 0.1])):
-        heights = [
-            y
-            for line in panels[title].lines
-            for y in set(line.get_ydata())
-            if len(line.get_ydata()) == 2
-        ]
-        assert [y for y in heights if y in marks] == marks
-        low, high = panels[title].get_ylim()
-        assert all(low <= mark <= high for mark in marks)
-        assert panels[title].get_xlabel() and panels[title].get_ylabel()
-    legend = panels[""].get_legend()
-    entries = [text.get_text().replace("\n", " ") for text in legend.get_texts()]
-    assert entries == [f"{name} KL 0 in 4 of 20 updates" for name in NAMES[:count]]
-    boxes = [panels[title].get_tightbbox() for title in TITLES] + [legend.get_window_extent()]
-    for number, box in enumerate(boxes):
-        assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1, "clipped"
-        assert figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1, "clipped"
-        assert not any(box.overlaps(other) for other in boxes[:number]), "overlap"
+# --- Options and bad input ------------------------------------------------------------------------
+def test_variants_are_read_as_typed(lab):
+    words = ["ppo.py", "ppo --clip 0.2", "ppo  --clip=0.2", "ppo --epochs 2", "--steps", "9"]
+    read = [(v.labels["variant"], v.settings.steps) for v in compare.parse(words)[2]]
+    assert read == [("ppo", 9), ("ppo --epochs 2", 9)]
+    assert [v.script for v in compare.parse([])[2]] == ["vpg", "trpo", "ppo"]
 
 
-def test_picture_shows_the_rows():
-    """Curve: interquartile mean over seeds. KL: median of the moved updates. Points: each of them."""
-    runs = [toy(20, seed) for seed in range(4)]
-    _, panels = drawn(["toy"], {"toy": runs})
-    line = next(line for line in panels["Return"].lines if line.get_label() == "toy")
-    steps, values = line.get_data()
-    assert len(steps) == 150 and steps[0] == 200 and steps[-1] == 1000
-    assert np.allclose(values, steps / 5 + 1.5)  # 20 n + seed at 100 n steps; seeds 1 and 2 remain
-    line = next(line for line in panels[TITLES[1]].lines if line.get_label() == "toy")
-    steps, values = line.get_data()
-    assert np.allclose(steps, np.arange(50, 900, 100))  # nine windows: the tenth update moved 0
-    assert np.allclose(
-        values, [0.001 * n if n != 5 else np.nan for n in range(1, 10)], equal_nan=True
-    )
-    points = panels[TITLES[2]].collections[-1].get_offsets()
-    assert np.allclose(points, [(0.1 * n, 0.001 * n) for n in range(1, 10) if n != 5] * 4)
+BAD = """nothing > no script 'nothing' beside compare.py; there are: broken, ppo, toy
+compare > no script 'compare' # toy --klip 1 > arguments: --klip # toy --gain 3 > arguments: --gain
+toy --gain-factor -1 > --gain-factor must be # trpo --cg-iterations 0 > --cg-iterations must be
+ppo --env Nowhere-v0 > Nowhere # ppo --watch > --watch # --seed=7 > --seed=7 # --seeds=0 > --seeds
+--seeds=two > invalid int # --jobs=0 > --jobs # vpg --steps 0 > --steps must be
+--out=x.gif > .png, .svg or .pdf # --out=nowhere/x.png > nowhere # --out=/proc/x.png > /proc
+none.csv > none.csv # other.csv > other.csv # cut.csv > cut.csv # word.csv > word.csv
+empty.csv > empty.csv # more.csv > more.csv # binary.csv > binary.csv # nine > room for 8"""
+CASES = [case.split(" > ") for line in BAD.splitlines() for case in line.split(" # ")]
 
 
-def test_picture_of_runs_without_episodes_or_movement():
-    """No finished episode, no KL above 0: empty panels, no error."""
-    still = [row | {"episode_return": float("nan"), "kl": 0.0} for row in toy()]
-    drawn(["toy"], {"toy": [still]})
-    drawn(["toy", "toy --gain 50"], {"toy --gain 50": [toy()]})  # the other one failed
-    drawn(["toy"], {"toy": [toy()[:1]]})  # one update
+@pytest.mark.parametrize(("bad", "message"), CASES)
+def test_bad_input_is_one_line_before_training(bad, message, lab):
+    header = "variant,env,threshold,seed,steps,episodes,episode_return,kl,step_norm,seconds,update"
+    files = {"other": "a,b\n1,2\n", "empty": f"{header},error\n", "binary": "\0\1\2\n\3"}
+    files["word"] = files["empty"] + "toy,E,475,0,100,9,3.5,word,0.1,0.5,1,\n"
+    files["more"] = files["word"].replace("word", "0.1").replace("1,\n", "1,,\n")
+    files["cut"] = files["word"].replace("word", "0.1") + "toy,E,475,0,100,9,3.5,0.1,0.1,0.5,2"
+    for name, content in files.items():
+        Path(f"{name}.csv").write_text(content, encoding="utf-8")
+    before = sorted(os.listdir())
+    status, table, errors = lab(*(VARIANTS + ["toy --fall 1"] if bad == "nine" else ["toy", bad]))
+    assert (status, table, len(errors.splitlines())) == (2, "", 1) and message in errors
+    assert sorted(os.listdir()) == before
 
 
-@pytest.mark.parametrize("kind", ["png", "svg", "pdf", "PNG"])
-def test_picture_file(kind, tmp_path):
-    """1100 x 770 pixels as .png; the others are what their names say."""
-    begins = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}[kind.lower()]
-    compare.save(tmp_path / f"x.{kind}", {"toy": [toy()]}, compare.parse(["toy"])[1])
-    content = (tmp_path / f"x.{kind}").read_bytes()
-    assert content.startswith(begins) and len(content) < 300_000
-    if kind == "png":
-        assert struct.unpack(">II", content[16:24]) == (1100, 770)
-    assert {path.name for path in tmp_path.iterdir()} == {"x." + kind, "x.csv"}
+# --- Signals --------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", [] if os.name == "nt" else ["SIGTERM", "SIGINT", "SIGKILL"])
+def test_signals(name, tmp_path):
+    """The CSV holds each run whose line was printed, and five seconds later no process is left."""
+    command = f"{sys.executable}|{FOLDER / 'compare.py'}|toy|toy --wait 3|--seeds|3|--jobs|2"
+    how = {"stderr": subprocess.PIPE, "text": True, "start_new_session": True, "cwd": tmp_path}
+    process = subprocess.Popen(command.split("|"), **how)
+    printed = [process.stderr.readline() for _ in range(2)]  # the others take 30 s
+    process.send_signal(getattr(signal, name))
+    printed += process.communicate(timeout=5)[1].splitlines()
+    ended = [line for line in printed if " of 6 runs" in line]
+    assert len(ended) == 2 == len(runs_of(data(tmp_path / "compare.csv")))
+    assert process.returncode == (130 if name == "SIGINT" else -getattr(signal, name))
+    for _ in range(50):
+        lines = subprocess.check_output(["ps", "-eo", "pgid=,stat="], text=True).splitlines()
+        left = [line for line in lines if line.split()[0] == str(process.pid) and "Z" not in line]
+        time.sleep(0.1 * bool(left))
+    assert not left
