@@ -1,9 +1,10 @@
 """Proximal policy optimization (PPO-Clip): use each batch several times, but stay near its policy.
 
-A(s, a), the advantage, is how much better the return after action a is than V(s), which a second
-network predicts. A policy pi with a larger sum_a pi A in each state is better than pi_old, the one
-that played the batch. As sum_a pi A = sum_a pi_old (pi / pi_old) A, and pi_old drew the actions, it
-is estimated by weighing each of them by ratio = pi(a|s; theta) / pi(a|s; theta_old):
+V(s) is the mean return from state s on under pi_old, the policy that played the batch. A(s, a), the
+advantage, is how much more it is if action a comes first. (A second network estimates V; for A, see
+section 5.) sum_a pi_old A is 0; a policy with sum_a pi A > 0 in each state is better. As sum_a pi A
+= sum_a pi_old (pi / pi_old) A, it is estimated by weighting the actions played by their
+ratio = pi(a|s; theta) / pi(a|s; theta_old):
 
     L(theta)  =  mean over the batch of  min( ratio * A,  clipped ratio * A )
 
@@ -137,7 +138,7 @@ def sample_actions(policy, states, rng):
     logits, _ = forward(policy, states)
     ends = np.exp(log_softmax(logits)).cumsum(axis=1)  # [N, K], where the parts end
     points = rng.random((len(states), 1))
-    return (points > ends[:, :-1]).sum(axis=1)  # ends before the point, less the last, which is 1
+    return (points > ends[:, :-1]).sum(axis=1)  # ends before the point; the last one is 1
 
 
 def kl(log_probs_old, log_probs_new):
@@ -168,9 +169,9 @@ def make_env(settings, num_envs, **options):
     space = env.single_action_space
     if not isinstance(space, gym.spaces.Discrete) or space.start != 0:
         raise ValueError(f"env must have Discrete actions from 0 on, not {space}")
-    reset_mode = env.metadata.get("autoreset_mode")  # Gymnasium 1.0 has only one, and does not say
+    reset_mode = env.metadata.get("autoreset_mode")  # not listed in Gymnasium 1.0
     if reset_mode is not None and reset_mode.name != "NEXT_STEP":
-        raise ValueError("env must reset one step late, as described below")
+        raise ValueError("env must reset one step late (autoreset mode NEXT_STEP)")
     return env
 
 
@@ -212,12 +213,12 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     """Generalized advantage estimation [T, N] (Schulman et al. 2016, section 3). values [T + 1, N].
     delta_t = r_t + gamma V(s_{t+1}) - V(s_t), by how much step t went better than predicted
     A_t     = delta_t + gamma lambda delta_{t+1} + ... = delta_t + gamma lambda A_{t+1}
+    V(s_{t+1}) counts as 0 after `terminated`; the sum ends after `terminated` and `truncated`.
     lambda = 1: the V in between cancel, A_t is the discounted rewards up to the end of the episode
-    or batch, plus the discounted V there (0 if terminated), minus V(s_t). Noisy; V's error counts
-    only there. lambda = 0: A_t = delta_t. Less noisy, but V's error counts at once.
-    """
-    # values[t + 1] is V of the state that step t led to, even of s' at an episode's end.
-    # A terminated episode earns no more. A truncated one would have earned about V more.
+    or batch, plus V there, minus V(s_t): noisy, and wrong as far as that last V is. lambda = 0: A_t
+    = delta_t: less noisy, but wrong as far as V(s_{t+1}) is, at every step."""
+    # values[t + 1] is V of the state that step t led to, of s' at an episode's end. A terminated
+    # episode earns no more. A truncated one would have earned about V more.
     next_values = np.where(terminated, 0, values[1:])
     deltas = rewards + gamma * next_values - values[:-1]
     ended = terminated | truncated  # the next row resets: its A is no part of this one
@@ -239,8 +240,8 @@ def collect(experience, policy, value, settings, rng):
     targets = advantages + values[:-1]  # for V: as A estimates return - V, they estimate the return
     real = ~resetting  # as an index it takes the steps that are True, in one row: [T, N] -> [B]
     logits, _ = forward(policy, all_states[:-1][real])
-    # Usual, though no theory asks for it: minus the mean, one more baseline; over the spread,
-    # so that the policy's steps do not depend on the rewards' size. (TRPO's never do.)
+    # Usual, though no theory asks for it: minus the mean, one more baseline; divided by the spread,
+    # so that all batches weigh alike in Adam's means. (TRPO's step does not depend on it.)
     normalized = (advantages - advantages[real].mean()) / (advantages[real].std() + 1e-8)
     return SimpleNamespace(
         states=all_states[:-1][real],  # [B, D]
@@ -321,7 +322,9 @@ def train(settings, policy):
     steps = 0
     update = 0
     while steps < settings.steps:
-        remaining = 1 - steps / settings.steps  # the learning rates fall with it, to 0
+        remaining = (
+            1 - steps / settings.steps
+        )  # learning rates fall with it (TRPO's policy has none)
         batch = collect(experience, policy, value, settings, rng)
         theta_old = policy.theta.copy()
         own_figures = update_policy(policy, batch, settings, remaining, rng)
@@ -331,9 +334,7 @@ def train(settings, policy):
         row = {"update": update, "steps": steps} | report(policy, theta_old, batch, experience)
         row["seconds"] = time.perf_counter() - start
         if not np.isfinite([policy.theta.sum(), value.theta.sum(), row["kl"]]).all():
-            raise FloatingPointError(
-                f"update {update} is no longer finite: lower the learning rates"
-            )
+            raise FloatingPointError(f"update {update} is no longer finite: smaller steps may help")
         yield row | own_figures
 
 

@@ -1,15 +1,15 @@
 """Trust region policy optimization (TRPO): a large update that stays close to the old policy.
 
-A(s, a), the advantage, is how much better the return after action a is than V(s), which a second
-network predicts. A policy pi with a larger sum_a pi A in each state is better than pi_old, the one
-that played the batch. As sum_a pi A = sum_a pi_old (pi / pi_old) A, and pi_old drew the actions, it
-is estimated by weighing each of them by pi / pi_old:
+V(s) is the mean return from state s on under pi_old, the policy that played the batch. A(s, a), the
+advantage, is how much more it is if action a comes first. (A second network estimates V; for A, see
+section 5.) sum_a pi_old A is 0; a policy with sum_a pi A > 0 in each state is better. As sum_a pi A
+= sum_a pi_old (pi / pi_old) A, it is estimated by weighting the actions played by pi / pi_old:
 
     maximize    L(theta) = mean over the batch of  A * pi(a|s; theta) / pi(a|s; theta_old)
     subject to  mean over its states of KL(pi_old || pi)  <=  delta
 
 L, the surrogate, misleads far from pi_old, as its states and A are still those of pi_old. The trust
-region is where KL <= delta. (Not where theta is near: a small step there may change pi completely.)
+region is where KL <= delta. (Not where theta is near: a small step can change pi completely.)
 
     repeat:  play a batch of steps with the policy                      (section 4)
              estimate A; set targets for V, A + V; then normalize A     (section 5)
@@ -137,7 +137,7 @@ def sample_actions(policy, states, rng):
     logits, _ = forward(policy, states)
     ends = np.exp(log_softmax(logits)).cumsum(axis=1)  # [N, K], where the parts end
     points = rng.random((len(states), 1))
-    return (points > ends[:, :-1]).sum(axis=1)  # ends before the point, less the last, which is 1
+    return (points > ends[:, :-1]).sum(axis=1)  # ends before the point; the last one is 1
 
 
 def kl(log_probs_old, log_probs_new):
@@ -168,9 +168,9 @@ def make_env(settings, num_envs, **options):
     space = env.single_action_space
     if not isinstance(space, gym.spaces.Discrete) or space.start != 0:
         raise ValueError(f"env must have Discrete actions from 0 on, not {space}")
-    reset_mode = env.metadata.get("autoreset_mode")  # Gymnasium 1.0 has only one, and does not say
+    reset_mode = env.metadata.get("autoreset_mode")  # not listed in Gymnasium 1.0
     if reset_mode is not None and reset_mode.name != "NEXT_STEP":
-        raise ValueError("env must reset one step late, as described below")
+        raise ValueError("env must reset one step late (autoreset mode NEXT_STEP)")
     return env
 
 
@@ -212,12 +212,12 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     """Generalized advantage estimation [T, N] (Schulman et al. 2016, section 3). values [T + 1, N].
     delta_t = r_t + gamma V(s_{t+1}) - V(s_t), by how much step t went better than predicted
     A_t     = delta_t + gamma lambda delta_{t+1} + ... = delta_t + gamma lambda A_{t+1}
+    V(s_{t+1}) counts as 0 after `terminated`; the sum ends after `terminated` and `truncated`.
     lambda = 1: the V in between cancel, A_t is the discounted rewards up to the end of the episode
-    or batch, plus the discounted V there (0 if terminated), minus V(s_t). Noisy; V's error counts
-    only there. lambda = 0: A_t = delta_t. Less noisy, but V's error counts at once.
-    """
-    # values[t + 1] is V of the state that step t led to, even of s' at an episode's end.
-    # A terminated episode earns no more. A truncated one would have earned about V more.
+    or batch, plus V there, minus V(s_t): noisy, and wrong as far as that last V is. lambda = 0: A_t
+    = delta_t: less noisy, but wrong as far as V(s_{t+1}) is, at every step."""
+    # values[t + 1] is V of the state that step t led to, of s' at an episode's end. A terminated
+    # episode earns no more. A truncated one would have earned about V more.
     next_values = np.where(terminated, 0, values[1:])
     deltas = rewards + gamma * next_values - values[:-1]
     ended = terminated | truncated  # the next row resets: its A is no part of this one
@@ -239,8 +239,8 @@ def collect(experience, policy, value, settings, rng):
     targets = advantages + values[:-1]  # for V: as A estimates return - V, they estimate the return
     real = ~resetting  # as an index it takes the steps that are True, in one row: [T, N] -> [B]
     logits, _ = forward(policy, all_states[:-1][real])
-    # Usual, though no theory asks for it: minus the mean, one more baseline; over the spread,
-    # so that the policy's steps do not depend on the rewards' size. (TRPO's never do.)
+    # Usual, though no theory asks for it: minus the mean, one more baseline; divided by the spread,
+    # so that all batches weigh alike in Adam's means. (TRPO's step does not depend on it.)
     normalized = (advantages - advantages[real].mean()) / (advantages[real].std() + 1e-8)
     return SimpleNamespace(
         states=all_states[:-1][real],  # [B, D]
@@ -264,8 +264,8 @@ def fit_value(value, batch, settings, remaining, rng):
 
 
 # --- 6. The update --------------------------------------------------------------------------------
-# At theta_old, let g be the gradient of L and F the second derivative of the KL. (The KL is 0 there,
-# the least it can be, so its first derivative is 0 as well.) For a small step
+# At theta_old, let g be the gradient of L, and F the second derivative of the KL. (The KL is 0, the
+# least it can be, so its first derivative is 0 as well.) For a small step
 #     L changes by  g . step,    the KL is  (step . F step) / 2.
 # At KL = delta, g . step is largest where  g = mu F step  (Lagrange, with a multiplier mu). So
 #     step = c x;  x, the natural gradient, solves F x = g;  c = sqrt(2 delta / (x . F x)).
@@ -282,7 +282,7 @@ def jacobian_vector_product(policy, activations, vector):
 
 
 def fisher_vector_product(policy, activations, probs, vector):
-    """F v [P], where F, the Fisher matrix, is the second derivative by theta of the mean KL.
+    """F v [P], mean over the states: F, the Fisher matrix, is the KL's second derivative by theta.
     For one state, with logits z, J = dz/dtheta and p = pi(.|s; theta):
         dKL/dz = p - p_old,   dp/dz = diag(p) - p p^T   (p_k (1 - p_k) if j = k, else -p_k p_j)
         dKL/dtheta = J^T (p - p_old);  its derivative is J^T (diag(p) - p p^T) J + dJ^T (p - p_old)
@@ -295,19 +295,18 @@ def fisher_vector_product(policy, activations, probs, vector):
 
 
 def conjugate_gradient(product, b, iterations):
-    """Solve M x = b, nearly, from product(v) = M v alone. (M symmetric, v . M v > 0 unless v = 0.)
-
-    Climb f(x) = b . x - (x . M x) / 2, whose gradient is the residual r = b - M x, 0 at the top.
-    1. Along direction d the top is at alpha = (d . r) / (d . M d). There r_new . d = 0.
-    2. Next comes d_new = r_new + beta d, with d_new . M d = 0: the slope along d stays 0, and so
-       d . r = r . r in 1. As M d = (r - r_new) / alpha, beta = (r_new . r_new) / (r . r).
-    """
+    """Solve M x = b from product(v) = M v alone (M symmetric, v . M v > 0): `iterations` steps,
+    or fewer, once the residual r = b - M x is no longer than 1e-5 of b (at once for b = 0).
+    Climb f(x) = b . x - (x . M x) / 2, whose gradient is r. 1. Along direction d, the top is at
+    alpha = (d . r) / (d . M d). There r_new . d = 0. 2. Next comes d_new = r_new + beta d, with
+    d_new . M d = 0: so the slope along d stays 0. By 1, d . r = r . r. By 2, r_new . r = 0 and, as
+    M d = (r - r_new) / alpha, beta = (r_new . r_new) / (r . r)."""
     x = np.zeros_like(b)
     residual = b
     direction = b
     squared = residual @ residual
     for _ in range(iterations):
-        if squared <= 1e-10 * (b @ b):  # |residual| <= 1e-5 |b|; so 0 is returned for b = 0
+        if squared <= 1e-10 * (b @ b):  # squares of the lengths
             break
         M_direction = product(direction)
         alpha = squared / (direction @ M_direction)
@@ -320,8 +319,9 @@ def conjugate_gradient(product, b, iterations):
 
 
 def line_search(policy, full_step, batch, settings):
-    """Try full_step, then ever shorter ones; keep the first with a KL, measured on the batch, of at
-    most delta and with a larger L. If there is none theta stays: step_norm will be 0."""
+    """Move theta by the first of full_step * backtrack_factor^n, n = 0 to max_backtracks, with a KL
+    of at most delta and a larger L. Return L's growth and n. If there is none, theta stays, to the
+    bit: 0 and max_backtracks. (Without settings.line_search the first is taken as it is.)"""
     theta_old = policy.theta
     rows = np.arange(len(batch.actions))
     for backtracks in range(settings.max_backtracks + 1):
@@ -338,8 +338,8 @@ def line_search(policy, full_step, batch, settings):
 
 
 def update_policy(policy, batch, settings, remaining, rng):
-    """The step above, then the line search. F has no inverse: raising all logits alike changes
-    nothing. F + damping I stands for it, in c as well, and makes the KL mostly less than delta."""
+    """The step above, then the line search. Where this batch's F is nearly 0, x would be huge, the
+    model wrong: so F + damping I stands for F, also in c, and the KL is mostly less than delta."""
     _, activations = forward(policy, batch.states)
     g = policy_gradient(policy, activations, batch.log_probs_old, batch.actions, batch.advantages)
     probs = np.exp(batch.log_probs_old)
@@ -373,7 +373,9 @@ def train(settings, policy):
     steps = 0
     update = 0
     while steps < settings.steps:
-        remaining = 1 - steps / settings.steps  # the learning rates fall with it, to 0
+        remaining = (
+            1 - steps / settings.steps
+        )  # learning rates fall with it (TRPO's policy has none)
         batch = collect(experience, policy, value, settings, rng)
         theta_old = policy.theta.copy()
         own_figures = update_policy(policy, batch, settings, remaining, rng)
@@ -383,9 +385,7 @@ def train(settings, policy):
         row = {"update": update, "steps": steps} | report(policy, theta_old, batch, experience)
         row["seconds"] = time.perf_counter() - start
         if not np.isfinite([policy.theta.sum(), value.theta.sum(), row["kl"]]).all():
-            raise FloatingPointError(
-                f"update {update} is no longer finite: lower the learning rates"
-            )
+            raise FloatingPointError(f"update {update} is no longer finite: smaller steps may help")
         yield row | own_figures
 
 

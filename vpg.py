@@ -9,14 +9,15 @@ return r_t + gamma r_{t+1} + ... depends on theta (Sutton & Barto 2018, sections
 This is REINFORCE with the advantage A, return minus V(s), in place of the return; V, a second
 network, predicts returns. Subtracting V(s) makes g less noisy, and leaves its mean as it is, since
 sum_a pi * gradient of log pi = gradient of sum_a pi = gradient of 1 = 0. V also stands in for later
-rewards (see `gae`), which makes g still less noisy, but a little wrong. So does leaving out the
-factor gamma^t that belongs to a step t of an episode, as nearly everybody does.
+rewards (see `gae`): still less noise, but wrong as far as V is. (Strictly, step t of an episode
+counts gamma^t; as is usual, this is left out.)
 
     repeat:  play a batch of steps with the policy                     (section 4)
              estimate A; set targets for V, A + V; then normalize A    (section 5)
              theta <- theta + a step along g, by Adam                  (sections 6 and 2)
              fit V to its targets                                      (section 5)
-The same change of theta can change the policy hardly or completely. The column kl tells how much.
+g holds for the policy that played: hence one step per batch (V's targets serve for several). Steps
+of equal length (column step_norm) can change the policy hardly or completely (column kl).
 Run:  python vpg.py        Options:  python vpg.py --help
 """
 
@@ -133,7 +134,7 @@ def sample_actions(policy, states, rng):
     logits, _ = forward(policy, states)
     ends = np.exp(log_softmax(logits)).cumsum(axis=1)  # [N, K], where the parts end
     points = rng.random((len(states), 1))
-    return (points > ends[:, :-1]).sum(axis=1)  # ends before the point, less the last, which is 1
+    return (points > ends[:, :-1]).sum(axis=1)  # ends before the point; the last one is 1
 
 
 def kl(log_probs_old, log_probs_new):
@@ -164,9 +165,9 @@ def make_env(settings, num_envs, **options):
     space = env.single_action_space
     if not isinstance(space, gym.spaces.Discrete) or space.start != 0:
         raise ValueError(f"env must have Discrete actions from 0 on, not {space}")
-    reset_mode = env.metadata.get("autoreset_mode")  # Gymnasium 1.0 has only one, and does not say
+    reset_mode = env.metadata.get("autoreset_mode")  # not listed in Gymnasium 1.0
     if reset_mode is not None and reset_mode.name != "NEXT_STEP":
-        raise ValueError("env must reset one step late, as described below")
+        raise ValueError("env must reset one step late (autoreset mode NEXT_STEP)")
     return env
 
 
@@ -208,12 +209,12 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     """Generalized advantage estimation [T, N] (Schulman et al. 2016, section 3). values [T + 1, N].
     delta_t = r_t + gamma V(s_{t+1}) - V(s_t), by how much step t went better than predicted
     A_t     = delta_t + gamma lambda delta_{t+1} + ... = delta_t + gamma lambda A_{t+1}
+    V(s_{t+1}) counts as 0 after `terminated`; the sum ends after `terminated` and `truncated`.
     lambda = 1: the V in between cancel, A_t is the discounted rewards up to the end of the episode
-    or batch, plus the discounted V there (0 if terminated), minus V(s_t). Noisy; V's error counts
-    only there. lambda = 0: A_t = delta_t. Less noisy, but V's error counts at once.
-    """
-    # values[t + 1] is V of the state that step t led to, even of s' at an episode's end.
-    # A terminated episode earns no more. A truncated one would have earned about V more.
+    or batch, plus V there, minus V(s_t): noisy, and wrong as far as that last V is. lambda = 0: A_t
+    = delta_t: less noisy, but wrong as far as V(s_{t+1}) is, at every step."""
+    # values[t + 1] is V of the state that step t led to, of s' at an episode's end. A terminated
+    # episode earns no more. A truncated one would have earned about V more.
     next_values = np.where(terminated, 0, values[1:])
     deltas = rewards + gamma * next_values - values[:-1]
     ended = terminated | truncated  # the next row resets: its A is no part of this one
@@ -235,8 +236,8 @@ def collect(experience, policy, value, settings, rng):
     targets = advantages + values[:-1]  # for V: as A estimates return - V, they estimate the return
     real = ~resetting  # as an index it takes the steps that are True, in one row: [T, N] -> [B]
     logits, _ = forward(policy, all_states[:-1][real])
-    # Usual, though no theory asks for it: minus the mean, one more baseline; over the spread,
-    # so that the policy's steps do not depend on the rewards' size. (TRPO's never do.)
+    # Usual, though no theory asks for it: minus the mean, one more baseline; divided by the spread,
+    # so that all batches weigh alike in Adam's means. (TRPO's step does not depend on it.)
     normalized = (advantages - advantages[real].mean()) / (advantages[real].std() + 1e-8)
     return SimpleNamespace(
         states=all_states[:-1][real],  # [B, D]
@@ -287,7 +288,9 @@ def train(settings, policy):
     steps = 0
     update = 0
     while steps < settings.steps:
-        remaining = 1 - steps / settings.steps  # the learning rates fall with it, to 0
+        remaining = (
+            1 - steps / settings.steps
+        )  # learning rates fall with it (TRPO's policy has none)
         batch = collect(experience, policy, value, settings, rng)
         theta_old = policy.theta.copy()
         own_figures = update_policy(policy, batch, settings, remaining, rng)
@@ -297,9 +300,7 @@ def train(settings, policy):
         row = {"update": update, "steps": steps} | report(policy, theta_old, batch, experience)
         row["seconds"] = time.perf_counter() - start
         if not np.isfinite([policy.theta.sum(), value.theta.sum(), row["kl"]]).all():
-            raise FloatingPointError(
-                f"update {update} is no longer finite: lower the learning rates"
-            )
+            raise FloatingPointError(f"update {update} is no longer finite: smaller steps may help")
         yield row | own_figures
 
 
