@@ -16,8 +16,6 @@ only_mutate=$script.py
 pytest_add_cli_args_test_selection=test_smoke.py
 pytest_add_cli_args=
     -x
-    -p
-    no:cacheprovider
     --deselect=test_smoke.py::test_shared_parts_are_the_same
 END
 pwd

@@ -7,8 +7,10 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before NumPy, as in the scripts
 import ast
+import copy
 import importlib
 import importlib.util
+import pickle
 import re
 import signal
 import sys
@@ -16,6 +18,7 @@ import time
 from dataclasses import fields
 from pathlib import Path
 from subprocess import PIPE, Popen
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -54,8 +57,8 @@ class Plain(gym.Env):
 class OwnReset(gym.vector.SyncVectorEnv):
     def __init__(self, num_envs, mode):
         super().__init__([Plain] * num_envs)
-        modes = getattr(gym.vector, "AutoresetMode", {mode: mode})  # new in Gymnasium 1.1
-        self.metadata = {"autoreset_mode": modes[mode]}
+        modes = getattr(gym.vector, "AutoresetMode", {mode: SimpleNamespace(name=mode)})
+        self.metadata = {"autoreset_mode": modes[mode]}  # Gymnasium 1.0 has no such modes
 
 
 KINDS = {
@@ -66,6 +69,7 @@ KINDS = {
     "Same": {"length": 1, "scale": 0.0, "rewards": (0.1, 0.1)},  # all advantages are equal
     "Nothing": {"length": 1, "scale": 0.0, "rewards": (0.0, 0.0)},
     "SameMillions": {"length": 1, "scale": 0.0, "rewards": (1e7, 1e7)},
+    "Bandit": {"length": 1, "scale": 0.0, "rewards": (0.0, 1e-5)},
     "NotFinite": {"scale": np.nan},
     "Mistaken": {"rewards": ()},
     "Doubles": {"observation_space": gym.spaces.Box(-np.inf, np.inf, (3,), np.float64)},
@@ -278,6 +282,7 @@ if sys.platform != "win32":  # where no signal reaches one process alone
         signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
         with start(script.__file__, "--steps=100000000") as process:
             process.stdout.readline()
+            process.stdout.readline()  # the first row: training has begun
             time.sleep(delay)
             process.send_signal(signal.SIGINT)
             _, errors = process.communicate(timeout=60)
@@ -346,3 +351,35 @@ def test_trpo_keeps_its_promise_in_every_update(delta, seed, monkeypatch):
     settings = trpo.Settings(seed=seed, delta=delta, steps=150_000 if SEEDS else 12_000)
     rows = train(trpo, settings, trpo.initial_policy(settings))
     assert len(moved) == len(rows) and any(moved)
+
+
+# --- Copies, and rewards near 0 -------------------------------------------------------------------
+@each_script
+@pytest.mark.parametrize("trained", [False, True])
+def test_copies_learn_on(script, tmp_path, trained):
+    """As the original would, and without it. A saved theta lacks what Adam remembers."""
+    small = {"env": "Plain-v0", "num_envs": 8, "horizon": 16, "hidden": 5, "steps": 300}
+    policy = script.initial_policy(script.Settings(**small))
+    if trained:
+        train(script, script.Settings(**small), policy)
+    theta = policy.theta.copy()
+    np.save(tmp_path / "theta.npy", theta)
+    saved = script.initial_policy(script.Settings(**small))
+    saved.theta = np.load(tmp_path / "theta.npy")
+    thetas = []
+    for one in [copy.deepcopy(policy), pickle.loads(pickle.dumps(policy)), saved]:
+        train(script, script.Settings(**small, seed=1), one)
+        thetas.append(one.theta)
+    assert np.array_equal(policy.theta, theta) and not np.array_equal(saved.theta, theta)
+    train(script, script.Settings(**small, seed=1), policy)
+    assert np.array_equal(thetas[0], policy.theta) and np.array_equal(thetas[1], policy.theta)
+    assert np.array_equal(thetas[2], policy.theta) == (not trained or script.__name__ == "trpo")
+
+
+@each_script
+def test_bandit_with_tiny_rewards_learns(script):
+    settings = script.Settings("Bandit-v0", num_envs=8, horizon=16, hidden=5, steps=4000)
+    policy = script.initial_policy(settings)
+    train(script, settings, policy)
+    logits, _ = script.forward(policy, np.zeros((1, 3)))
+    assert np.exp(script.log_softmax(logits))[0, 1] > 0.9

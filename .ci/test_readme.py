@@ -121,8 +121,3 @@ def test_names_exist(span):
     for name in options:
         field = f"\n    {name.replace('-', '_')}: "
         assert name == "help" or field in CODE or f'"--{name}"' in CODE
-
-
-def test_nothing_is_left_to_write():
-    assert not re.search(r"\{\{\w+\}\}|TODO|XXX", TEXT)
-    assert {language for language, _ in BLOCKS} <= {"bash", "python", "powershell", "bat", "text"}
