@@ -8,7 +8,6 @@
     python compare.py ppo "ppo --clip inf" --seeds 10    two variants: a script and its options
     python compare.py compare.csv                        draw again what was trained
     python compare.py compare.csv "ppo --clip 0.1"       train one more and draw all
-
 The way of the data:    variants  ->  runs  ->  CSV  ->  table and picture
 """
 
@@ -37,6 +36,7 @@ from pathlib import Path
 
 import numpy as np
 
+# kl: mean KL(old policy || new policy) of an update, in nats; step_norm: how far it moved theta
 FIGURES = ["update", "steps", "episodes", "episode_return", "kl", "step_norm", "seconds"]
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255"]
 LINES = ["-", "--", "-.", ":"] * 2  # a variant has its own pair of color and line
@@ -63,6 +63,8 @@ def parse(argv=None):
     add("--out", type=Path, help=".png, .svg or .pdf (default: compare.png, or as the .csv)")
     options = parser.parse_intermixed_args(argv)
     files = [text for text in options.variants if text.endswith(".csv")] + ["compare.csv"]
+    if len(files) > 2 and options.out is None:
+        refuse("of several .csv files none is to be overwritten: say --out")
     options.out = options.out or Path(files[0]).with_suffix(".png")
     if options.out.suffix.lower() not in (".png", ".svg", ".pdf") or options.out.is_dir():
         refuse(f"--out must be a file that ends in .png, .svg or .pdf, unlike {options.out}")
@@ -100,7 +102,7 @@ def read_variants(options):
 
 
 def read_variant(text, options):
-    """A Variant from its text. An error in a script itself shows Python's own traceback."""
+    """A Variant from its text. (A script has parse, Settings, make_env, initial_policy and train.)"""
     script, *own = text.split() or [""]
     script = script.removesuffix(".py")
     beside = {path.stem for path in Path(__file__).parent.glob("*.py")} - {"compare", "test_smoke"}
@@ -325,7 +327,7 @@ def write_picture(path, rows):
 
 
 def draw_curve(axis, rows, key, center, style):
-    """In each 40th of the updates: the center of the figures, and as a band their middle half."""
+    """In each 40th of the updates of all seeds: their center, and as a band their middle half."""
     figures = column(rows, key)
     steps = column(rows, "steps")
     updates = column(rows, "update")
@@ -355,12 +357,12 @@ def explain(panels, rows):
     highest = max(0.1, 2 * max(column(rows, "kl")))
     for axis in panels["kl"], panels["distance"]:
         axis.axhline(0.01, color="0.3", linewidth=1)
-        axis.set(ylim=(SMALL, highest), yscale="log", ylabel="KL in nats; line: trust region")
+        axis.set(ylim=(SMALL, highest), yscale="log", ylabel="KL in nats; line: TRPO's delta")
 
 
 def mark_slice(axis, norms, kl):
     """Shade a narrow slice of steps, around the median, and mark its range of KL."""
-    axis.set_title("Equal steps in weights, unequal ones in behavior")
+    axis.set_title("Are equal steps in weights equal in behavior?")
     axis.set(xlim=(1e-4, max(10, max(norms))), xscale="log", xlabel=r"$\|\Delta\theta\|_2$")
     moved = kl > SMALL
     if moved.any():
@@ -379,8 +381,6 @@ def main(argv=None):
     data = options.out.with_suffix(".csv")
     problems = []
     try:
-        if rows:
-            write_csv(data, rows)
         train_all(variants, options, rows)
     except OSError as error:
         problems.append(f"{data} cannot be written: {error.strerror}")
@@ -390,7 +390,7 @@ def main(argv=None):
         write_picture(options.out, rows)
     except Exception as error:  # noqa: BLE001 (the data are safe)
         problems.append(f"no picture: {type(error).__name__}: {error}")
-    print(f"picture: {options.out}, data: {data}")
+    print(f"picture: {options.out}, data: {data if variants else 'as given'}")
     print(*problems, sep="\n", end="\n" if problems else "", file=sys.stderr)
     return min(1, len(problems))
 

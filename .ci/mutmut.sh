@@ -1,12 +1,10 @@
 #!/usr/bin/env bash
 # Which changes to a script does test_smoke.py not notice? By hand, with mutmut 3.8 installed:
 #     bash .ci/mutmut.sh trpo                                  all of it, two minutes on two cores
-#     bash .ci/mutmut.sh ppo "*update_policy*" "*minibatch*" "*clipped*"    functions of section 6
-# Then, in the folder that it names:  mutmut results,  mutmut show NAME
+#     bash .ci/mutmut.sh ppo "*update_policy*" "*minibatch*" "*clipped*"    section 6; mutmut results
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-script="$1"
-shift
+script="$1" && shift
 cd "$(mktemp -d)"
 cp "$root/$script.py" "$root/test_smoke.py" .
 cat >setup.cfg <<END
@@ -18,5 +16,4 @@ pytest_add_cli_args=
     -x
     --deselect=test_smoke.py::test_shared_parts_are_the_same
 END
-pwd
-mutmut run "$@"
+mutmut run "$@" && mutmut results
