@@ -133,8 +133,7 @@ def log_softmax(logits):
 
 
 def sample_actions(policy, states, rng):
-    """Draw an action for each state [N, D]: the probabilities divide the line from 0 to 1 into K
-    parts, and a random point on the line falls into one of them."""
+    """An action for each state: pi divides the line from 0 to 1, a random point falls in a part."""
     logits, _ = forward(policy, states)
     ends = np.exp(log_softmax(logits)).cumsum(axis=1)  # [N, K], where the parts end
     points = rng.random((len(states), 1))
@@ -275,7 +274,7 @@ def clipped_surrogate_gradient(ratio, advantages, clip):
 
 
 def minibatch_step(policy, batch, rows, settings, remaining):
-    """One step of Adam with rows of the batch. Returns the share of ratios outside the clip."""
+    """One step of Adam with rows of the batch. Returns whose ratios were outside the clip."""
     actions = batch.actions[rows]
     logits, activations = forward(policy, batch.states[rows])
     log_probs = log_softmax(logits)
@@ -285,7 +284,7 @@ def minibatch_step(policy, batch, rows, settings, remaining):
     # The ratio is exp(log pi - log pi_old): its derivative is ratio * derivative of log pi.
     gradient = policy_gradient(policy, activations, log_probs, actions, slope * ratio)
     adam(policy, gradient, remaining * settings.learning_rate)
-    return float((np.abs(ratio - 1) > settings.clip).mean())
+    return np.abs(ratio - 1) > settings.clip  # [B]
 
 
 def update_policy(policy, batch, settings, remaining, rng):
@@ -300,7 +299,7 @@ def update_policy(policy, batch, settings, remaining, rng):
         kls.append(kl(batch.log_probs_old, log_softmax(logits)))
         if kls[-1] > settings.target_kl:
             break
-    clip_fraction = float(np.mean(outside))
+    clip_fraction = float(np.concatenate(outside).mean())
     return {"kl_first_epoch": kls[0], "clip_fraction": clip_fraction, "epochs": len(kls)}
 
 
@@ -384,6 +383,7 @@ def parse(argv=None):
 
 def main():
     settings = parse()
+    np.seterr(all="ignore")  # `train` checks that its results are finite
     policy = initial_policy(settings)
     env = make_env(settings, 100)
     threshold = env.spec.reward_threshold or np.inf  # of the mean return; some have none

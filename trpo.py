@@ -132,8 +132,7 @@ def log_softmax(logits):
 
 
 def sample_actions(policy, states, rng):
-    """Draw an action for each state [N, D]: the probabilities divide the line from 0 to 1 into K
-    parts, and a random point on the line falls into one of them."""
+    """An action for each state: pi divides the line from 0 to 1, a random point falls in a part."""
     logits, _ = forward(policy, states)
     ends = np.exp(log_softmax(logits)).cumsum(axis=1)  # [N, K], where the parts end
     points = rng.random((len(states), 1))
@@ -435,6 +434,7 @@ def parse(argv=None):
 
 def main():
     settings = parse()
+    np.seterr(all="ignore")  # `train` checks that its results are finite
     policy = initial_policy(settings)
     env = make_env(settings, 100)
     threshold = env.spec.reward_threshold or np.inf  # of the mean return; some have none

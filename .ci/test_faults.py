@@ -32,7 +32,6 @@ FAULTS = [
     # several: all advantages equal, or a zero gradient, divide by zero
     ("trpo", "conjugate", "if squared <= 1e-10", "if squared < 1e-10"),
     ("trpo", "update_policy", "if curvature <= 0:", "if curvature < 0:"),
-    ("vpg", "collect or train", "(advantages[real].std() + 1e-8)", "advantages[real].std()"),
     # several: GAE wrong in the batch's first or last row
     ("trpo", "gae", "reversed(range(len(deltas)))", "reversed(range(1, len(deltas)))"),
     ("vpg", "gae", "reversed(range(len(deltas)))", "reversed(range(len(deltas) - 1))"),
