@@ -1,15 +1,15 @@
 """Trust region policy optimization (TRPO): a large update that stays close to the old policy.
 
-V(s) is the mean return from state s on under pi_old, the policy that played the batch. A(s, a), the
-advantage, is how much more it is if action a comes first. (A second network estimates V; for A, see
-section 5.) sum_a pi_old A is 0; a policy with sum_a pi A > 0 in each state is better. As sum_a pi A
-= sum_a pi_old (pi / pi_old) A, it is estimated by weighting the actions played by pi / pi_old:
+V(s) is the mean discounted return from state s on under pi_old, the policy that played the batch;
+a second network estimates it. A(s, a), the advantage, is how much more it is if action a comes
+first (section 5). A policy with sum_a pi A > 0 in each state is better: its every step gains on
+pi_old. As sum_a pi A = sum_a pi_old (pi / pi_old) A, an action played has the weight pi / pi_old:
 
     maximize    L(theta) = mean over the batch of  A * pi(a|s; theta) / pi(a|s; theta_old)
     subject to  mean over its states of KL(pi_old || pi)  <=  delta
 
-L, the surrogate, misleads far from pi_old, as its states and A are still those of pi_old. The trust
-region is where KL <= delta. (Not where theta is near: a small step can change pi completely.)
+L, the surrogate, misleads far from pi_old: its states and A are pi_old's. The trust region is where
+the KL (section 3) is <= delta, not where theta is near: a small step can change pi completely.
 
     repeat:  play a batch of steps with the policy                      (section 4)
              estimate A; set targets for V, A + V; then normalize A     (section 5)
@@ -147,7 +147,7 @@ def kl(log_probs_old, log_probs_new):
 
 
 def policy_gradient(policy, activations, log_probs, actions, coefficients):
-    """Gradient by theta [P] of the mean over the batch of coefficient (a constant) * log pi(a|s).
+    """Gradient by theta [P] of the mean over the batch of coefficient (held fixed) * log pi(a|s).
     With logits z, log pi(a|s) = z_a - log sum_j exp(z_j). Its derivative by z_k is
     (1 if k = a, else 0) - exp(z_k) / sum_j exp(z_j), which is onehot(a)_k - pi(k|s)."""
     onehot = np.zeros_like(log_probs)  # [B, K]
@@ -178,8 +178,8 @@ class Experience:
     They reset one step late. If the step in row t ends an episode, and s' is its last state:
         row t      state s     action taken      leads to s', terminated or truncated
         row t + 1  state s'    action ignored    leads to a new episode's first state: resetting
-    Nothing is decided in row t + 1: `collect` drops it, after `gae` has used V(s') for row t.
-    """
+    Row t + 1 shows s', whose value `gae` needs for row t. Its action does nothing, so that nothing
+    can be learned from it: `collect` drops the row."""
 
     def __init__(self, settings, rng):
         self.env = make_env(settings, settings.num_envs)
@@ -209,12 +209,12 @@ class Experience:
 # V(s), a network, predicts the discounted return r_t + gamma r_{t+1} + gamma^2 r_{t+2} + ...
 def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     """Generalized advantage estimation [T, N] (Schulman et al. 2016, section 3). values [T + 1, N].
-    delta_t = r_t + gamma V(s_{t+1}) - V(s_t), by how much step t went better than predicted
+    delta_t = r_t + gamma V(s_{t+1}) - V(s_t); if V is exact, its mean is A(s_t, a_t)
     A_t     = delta_t + gamma lambda delta_{t+1} + ... = delta_t + gamma lambda A_{t+1}
     V(s_{t+1}) counts as 0 after `terminated`; the sum ends after `terminated` and `truncated`.
-    lambda = 1: the V in between cancel, A_t is the discounted rewards up to the end of the episode
-    or batch, plus V there, minus V(s_t): noisy, and wrong as far as that last V is. lambda = 0: A_t
-    = delta_t: less noisy, but wrong as far as V(s_{t+1}) is, at every step."""
+    lambda = 1: every V in between cancels, A_t = r_t + gamma r_{t+1} + ... + gamma^n V(s_{t+n}) -
+    V(s_t), with s_{t+n} at the end of the episode or batch: noisy, and wrong as far as that V is.
+    lambda = 0: A_t = delta_t: less noisy, but wrong as far as V(s_{t+1}) is, at every step."""
     # values[t + 1] is V of the state that step t led to, of s' at an episode's end. A terminated
     # episode earns no more. A truncated one would have earned about V more.
     next_values = np.where(terminated, 0, values[1:])
@@ -238,8 +238,8 @@ def collect(experience, policy, value, settings, rng):
     targets = advantages + values[:-1]  # for V: as A estimates return - V, they estimate the return
     real = ~resetting  # as an index it takes the steps that are True, in one row: [T, N] -> [B]
     logits, _ = forward(policy, all_states[:-1][real])
-    # Usual, though no theory asks for it: minus the mean, one more baseline; divided by the spread,
-    # so that all batches weigh alike in Adam's means. (TRPO's step does not depend on it.)
+    # Usual, though no theory asks for it: minus the mean, which acts much like a baseline; divided
+    # by the spread, so that g does not grow with the scale of the rewards.
     normalized = (advantages - advantages[real].mean()) / (advantages[real].std() + 1e-8)
     return SimpleNamespace(
         states=all_states[:-1][real],  # [B, D]
@@ -296,10 +296,10 @@ def fisher_vector_product(policy, activations, probs, vector):
 def conjugate_gradient(product, b, iterations):
     """Solve M x = b from product(v) = M v alone (M symmetric, v . M v > 0): `iterations` steps,
     or fewer, once the residual r = b - M x is no longer than 1e-5 of b (at once for b = 0).
-    Climb f(x) = b . x - (x . M x) / 2, whose gradient is r. 1. Along direction d, the top is at
-    alpha = (d . r) / (d . M d). There r_new . d = 0. 2. Next comes d_new = r_new + beta d, with
-    d_new . M d = 0: so the slope along d stays 0. By 1, d . r = r . r. By 2, r_new . r = 0 and, as
-    M d = (r - r_new) / alpha, beta = (r_new . r_new) / (r . r)."""
+    Climb f(x) = b . x - (x . M x) / 2, whose gradient is r: at its top, M x = b. alpha goes to the
+    highest point along direction d: there r_new . d = 0. beta bends the next direction, r_new +
+    beta d, so that its product with M d is 0: a move along it keeps the slope along d at 0 and, as
+    can be shown, all earlier ones (Nocedal & Wright 2006, Algorithm 5.2: these alpha and beta)."""
     x = np.zeros_like(b)
     residual = b
     direction = b
@@ -337,8 +337,8 @@ def line_search(policy, full_step, batch, settings):
 
 
 def update_policy(policy, batch, settings, remaining, rng):
-    """The step above, then the line search. Where this batch's F is nearly 0, x would be huge, the
-    model wrong: so F + damping I stands for F, also in c, and the KL is mostly less than delta."""
+    """The step c x, then the line search. Along directions v with F v near 0, x would be huge, the
+    model wrong: F + damping I stands for F, in c as well, so the KL is mostly less than delta."""
     _, activations = forward(policy, batch.states)
     g = policy_gradient(policy, activations, batch.log_probs_old, batch.actions, batch.advantages)
     probs = np.exp(batch.log_probs_old)

@@ -16,8 +16,8 @@ counts gamma^t; as is usual, this is left out.)
              estimate A; set targets for V, A + V; then normalize A    (section 5)
              theta <- theta + a step along g, by Adam                  (sections 6 and 2)
              fit V to its targets                                      (section 5)
-g holds for the policy that played: hence one step per batch (V's targets serve for several). Steps
-of equal length (column step_norm) can change the policy hardly or completely (column kl).
+g holds only for the policy that played: after one step a new batch is due. (V's targets serve for
+several.) Steps of equal length, step_norm in the output, can change pi hardly or completely (kl).
 Run:  python vpg.py        Options:  python vpg.py --help
 """
 
@@ -144,7 +144,7 @@ def kl(log_probs_old, log_probs_new):
 
 
 def policy_gradient(policy, activations, log_probs, actions, coefficients):
-    """Gradient by theta [P] of the mean over the batch of coefficient (a constant) * log pi(a|s).
+    """Gradient by theta [P] of the mean over the batch of coefficient (held fixed) * log pi(a|s).
     With logits z, log pi(a|s) = z_a - log sum_j exp(z_j). Its derivative by z_k is
     (1 if k = a, else 0) - exp(z_k) / sum_j exp(z_j), which is onehot(a)_k - pi(k|s)."""
     onehot = np.zeros_like(log_probs)  # [B, K]
@@ -175,8 +175,8 @@ class Experience:
     They reset one step late. If the step in row t ends an episode, and s' is its last state:
         row t      state s     action taken      leads to s', terminated or truncated
         row t + 1  state s'    action ignored    leads to a new episode's first state: resetting
-    Nothing is decided in row t + 1: `collect` drops it, after `gae` has used V(s') for row t.
-    """
+    Row t + 1 shows s', whose value `gae` needs for row t. Its action does nothing, so that nothing
+    can be learned from it: `collect` drops the row."""
 
     def __init__(self, settings, rng):
         self.env = make_env(settings, settings.num_envs)
@@ -206,12 +206,12 @@ class Experience:
 # V(s), a network, predicts the discounted return r_t + gamma r_{t+1} + gamma^2 r_{t+2} + ...
 def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     """Generalized advantage estimation [T, N] (Schulman et al. 2016, section 3). values [T + 1, N].
-    delta_t = r_t + gamma V(s_{t+1}) - V(s_t), by how much step t went better than predicted
+    delta_t = r_t + gamma V(s_{t+1}) - V(s_t); if V is exact, its mean is A(s_t, a_t)
     A_t     = delta_t + gamma lambda delta_{t+1} + ... = delta_t + gamma lambda A_{t+1}
     V(s_{t+1}) counts as 0 after `terminated`; the sum ends after `terminated` and `truncated`.
-    lambda = 1: the V in between cancel, A_t is the discounted rewards up to the end of the episode
-    or batch, plus V there, minus V(s_t): noisy, and wrong as far as that last V is. lambda = 0: A_t
-    = delta_t: less noisy, but wrong as far as V(s_{t+1}) is, at every step."""
+    lambda = 1: every V in between cancels, A_t = r_t + gamma r_{t+1} + ... + gamma^n V(s_{t+n}) -
+    V(s_t), with s_{t+n} at the end of the episode or batch: noisy, and wrong as far as that V is.
+    lambda = 0: A_t = delta_t: less noisy, but wrong as far as V(s_{t+1}) is, at every step."""
     # values[t + 1] is V of the state that step t led to, of s' at an episode's end. A terminated
     # episode earns no more. A truncated one would have earned about V more.
     next_values = np.where(terminated, 0, values[1:])
@@ -235,8 +235,8 @@ def collect(experience, policy, value, settings, rng):
     targets = advantages + values[:-1]  # for V: as A estimates return - V, they estimate the return
     real = ~resetting  # as an index it takes the steps that are True, in one row: [T, N] -> [B]
     logits, _ = forward(policy, all_states[:-1][real])
-    # Usual, though no theory asks for it: minus the mean, one more baseline; divided by the spread,
-    # so that all batches weigh alike in Adam's means. (TRPO's step does not depend on it.)
+    # Usual, though no theory asks for it: minus the mean, which acts much like a baseline; divided
+    # by the spread, so that g does not grow with the scale of the rewards.
     normalized = (advantages - advantages[real].mean()) / (advantages[real].std() + 1e-8)
     return SimpleNamespace(
         states=all_states[:-1][real],  # [B, D]
@@ -261,8 +261,8 @@ def fit_value(value, batch, settings, remaining, rng):
 
 # --- 6. The update --------------------------------------------------------------------------------
 def update_policy(policy, batch, settings, remaining, rng):
-    """One step of Adam with the gradient g. (TRPO and PPO replace this; they use rng and return
-    figures of theirs.)"""
+    """One step of Adam with the gradient g. Until that step, theta is still the one that played: so
+    log_probs_old are the current ones. (TRPO and PPO, in its place, use rng and return figures.)"""
     _, activations = forward(policy, batch.states)
     g = policy_gradient(policy, activations, batch.log_probs_old, batch.actions, batch.advantages)
     adam(policy, g, remaining * settings.learning_rate)
