@@ -26,7 +26,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for speed: one thread suits small arrays
 import numpy as np
 
-np.empty(2**21)  # for speed, skip it: Linux's malloc now keeps freed memory for later
+np.empty(2**21)  # for speed only: from here on Linux's malloc keeps freed memory for later
 import time
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, BooleanOptionalAction
 from dataclasses import dataclass, field, fields
@@ -112,11 +112,11 @@ def backward(network, activations, grad_outputs):
 
 def adam(network, gradient, learning_rate):
     """Move theta uphill by learning_rate * m / sqrt(v): m is a fading mean of the gradient, v of
-    its square (Kingma & Ba 2015, algorithm 1). For a steady gradient that is learning_rate."""
+    its square (Kingma & Ba 2015, algorithm 1). For a steady gradient, m / sqrt(v) is 1 or -1."""
     network.adam_steps += 1
     network.adam_mean = 0.9 * network.adam_mean + 0.1 * gradient
     network.adam_mean_square = 0.999 * network.adam_mean_square + 0.001 * gradient**2
-    m = network.adam_mean / (1 - 0.9**network.adam_steps)  # its weights add up to this
+    m = network.adam_mean / (1 - 0.9**network.adam_steps)  # it began at 0: its weights sum to this
     v = network.adam_mean_square / (1 - 0.999**network.adam_steps)
     network.theta = network.theta + learning_rate * m / (np.sqrt(v) + 1e-8)  # 1e-8: never 0 / 0
 
@@ -129,11 +129,11 @@ def log_softmax(logits):
 
 
 def sample_actions(policy, states, rng):
-    """An action for each state: pi divides the line from 0 to 1, a random point falls in a part."""
+    """An action for each state: each owns a part of 0 to 1, pi(a|s) long; a random point picks."""
     logits, _ = forward(policy, states)
     ends = np.exp(log_softmax(logits)).cumsum(axis=1)  # [N, K], where the parts end
     points = rng.random((len(states), 1))
-    return (points > ends[:, :-1]).sum(axis=1)  # ends before the point; the last one is 1
+    return (points > ends[:, :-1]).sum(axis=1)  # how many ends lie before the point: its part
 
 
 def kl(log_probs_old, log_probs_new):
@@ -287,9 +287,7 @@ def train(settings, policy):
     steps = 0
     update = 0
     while steps < settings.steps:
-        remaining = (
-            1 - steps / settings.steps
-        )  # learning rates fall with it (TRPO's policy has none)
+        remaining = 1 - steps / settings.steps  # from 1 to 0: factor of the learning rates
         batch = collect(experience, policy, value, settings, rng)
         theta_old = policy.theta.copy()
         own_figures = update_policy(policy, batch, settings, remaining, rng)
@@ -304,7 +302,8 @@ def train(settings, policy):
 
 
 def report(policy, theta_old, batch, experience):
-    """Figures of an update, entropy and explained_variance from before it, and of the episodes."""
+    """What to print: kl and step_norm of the update; entropy, explained_variance from before it;
+    episode_return, the mean of the last 100 finished episodes (nan if there are none)."""
     logits, _ = forward(policy, batch.states)
     variance = float(batch.targets.var())
     unexplained = float((batch.targets - batch.values).var())  # V off by a constant is not seen
