@@ -89,12 +89,12 @@ def read_variants(options):
             variant = read_variant(text, options)
             if all(variant.settings != other.settings for other in variants):
                 variants.append(variant)
-    names = {row["variant"] for row in rows}
+    names = list(dict.fromkeys(row["variant"] for row in rows))
+    rows.sort(key=lambda row: (names.index(row["variant"]), float(row["seed"])))  # for groupby
     for variant in variants:
         if variant.labels["variant"] in names:
             refuse(f"{variant.labels['variant']!r} is in the .csv file already")
-    keys = {(row["variant"], row["seed"], row["update"]) for row in rows}
-    if len(keys) < len(rows):
+    if len({(row["variant"], row["seed"], row["update"]) for row in rows}) < len(rows):
         refuse("the .csv files hold the same run twice")
     if len(names) + len(variants) > len(COLORS):
         refuse(f"a picture has room for {len(COLORS)} variants, not {len(names) + len(variants)}")

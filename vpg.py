@@ -129,7 +129,7 @@ def log_softmax(logits):
 
 
 def sample_actions(policy, states, rng):
-    """An action for each state: each owns a part of 0 to 1, pi(a|s) long; a random point picks."""
+    """An action for each state: action a owns pi(a|s) of the line from 0 to 1; a point picks."""
     logits, _ = forward(policy, states)
     ends = np.exp(log_softmax(logits)).cumsum(axis=1)  # [N, K], where the parts end
     points = rng.random((len(states), 1))
@@ -236,7 +236,7 @@ def collect(experience, policy, value, settings, rng):
     real = ~resetting  # as an index it takes the steps that are True, in one row: [T, N] -> [B]
     logits, _ = forward(policy, all_states[:-1][real])
     # Usual, though no theory asks for it: minus the mean, which acts much like a baseline; divided
-    # by the spread, so that g does not grow with the scale of the rewards.
+    # by the spread. (The scale of A alone hardly changes a step of Adam's, and not at all TRPO's.)
     normalized = (advantages - advantages[real].mean()) / (advantages[real].std() + 1e-8)
     return SimpleNamespace(
         states=all_states[:-1][real],  # [B, D]
@@ -287,7 +287,7 @@ def train(settings, policy):
     steps = 0
     update = 0
     while steps < settings.steps:
-        remaining = 1 - steps / settings.steps  # from 1 to 0: factor of the learning rates
+        remaining = 1 - steps / settings.steps  # factor of Adam's learning rates: from 1 towards 0
         batch = collect(experience, policy, value, settings, rng)
         theta_old = policy.theta.copy()
         own_figures = update_policy(policy, batch, settings, remaining, rng)
