@@ -1,39 +1,40 @@
-"""Proximal policy optimization (PPO-Clip): use each batch several times, but stay near its policy.
+"""Proximal policy optimization (PPO-Clip): use each batch several times, but do not go far for it.
 
-V(s) is the mean discounted return from state s on under pi_old, the policy that played the batch;
-a second network estimates it. A(s, a), the advantage, is how much more it is if action a comes
-first (section 5). A policy with sum_a pi A > 0 in each state is better: its every step gains on
-pi_old. As sum_a pi A = sum_a pi_old (pi / pi_old) A, an action played has, as its weight, the
-ratio = pi(a|s; theta) / pi(a|s; theta_old):
+pi_old, with the weights theta_old, played the batch. V(s) is its expected return, the sum of all
+gamma^t r_t, from state s on; A(s, a), the advantage, how much more it is if action a comes first.
+How good is another policy pi? Along an episode, gamma^t (r_t + gamma V(s_{t+1}) - V(s_t)) adds up
+to its return minus V(s_0), as V cancels in between; and the mean of r_t + gamma V(s_{t+1}) - V(s_t)
+is A(s_t, a_t). Hence, with the mean over pi's episodes,
 
-    L(theta)  =  mean over the batch of  min( ratio * A,  clipped ratio * A )
+    expected return of pi  =  expected return of pi_old  +  mean of sum_t gamma^t A(s_t, a_t).
 
-with the clipped ratio kept from 1 - clip to 1 + clip. At theta_old all ratios are 1, L's gradient
-is that of REINFORCE with A for the return. Far from it, ratio * A misleads, as the states and the A
-are still those of pi_old. So a term of L stops growing once its ratio has passed the limit on the
-side that A wants; one that moved the other way is still pulled back, thanks to the min. (That
-bounds the gain, not the ratio: a step may overshoot, and steps for other actions move it too.)
+But the batch is pi_old's. Its actions can be reweighted, by the ratio
+pi(a|s; theta) / pi(a|s; theta_old): sum_a pi A = sum_a pi_old * ratio * A. Its states are used as
+they are, which is nearly right if pi is near pi_old. With Â, an estimate of A (section 5), PPO does
+not maximize the mean of ratio * Â, but
 
-    repeat:  play a batch of steps with the policy                         (section 4)
-             estimate A; set targets for V, A + V; then normalize A        (section 5)
-             for each epoch, for each part (minibatch) of the shuffled batch:
-                 theta <- theta + a step by Adam, uphill on L              (sections 6 and 2)
-             fit V to its targets                                          (section 5)
+    L(theta)  =  mean over the batch of  min( ratio * Â,  clipped ratio * Â ).
+
+The clipped ratio is at least 1 - clip, at most 1 + clip. So nothing is gained by going far:
+    if Â > 0 and ratio > 1 + clip, the min is (1 + clip) * Â, with gradient 0    (likely enough)
+    if Â < 0 and ratio < 1 - clip, the min is (1 - clip) * Â, with gradient 0    (unlikely enough)
+    else it is ratio * Â: what went the wrong way is still pulled back.
+
+    repeat:  play a batch of steps with the policy                     (section 4)
+             estimate the advantages Â; set targets for V, Â + V       (section 5)
+             several times (epochs), for each part of the batch (minibatch):
+                 change theta by Adam so that L grows                  (sections 6 and 2)
+             fit V to its targets                                      (section 5)
 Run:  python ppo.py    Options:  python ppo.py --help    Schulman et al. 2017, arXiv:1707.06347
 """
 
-import os
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # for speed: one thread suits small arrays
-import numpy as np
-
-np.empty(2**21)  # for speed only: from here on Linux's malloc keeps freed memory for later
 import time
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, BooleanOptionalAction
 from dataclasses import dataclass, field, fields
 from types import SimpleNamespace
 
 import gymnasium as gym
+import numpy as np
 
 
 # --- 1. Settings ----------------------------------------------------------------------------------
@@ -47,7 +48,7 @@ class Settings:
     seed: int = option(0, "seed of all random numbers", 0)
     steps: int = option(150_000, "environment steps to train for (the last batch is completed)", 1)
     num_envs: int = option(16, "environments that run side by side", 1)
-    horizon: int = option(48, "steps of each environment in a batch, with those that reset", 2)
+    horizon: int = option(48, "calls of step in a batch, for each environment", 2)
     gamma: float = option(0.99, "discount factor", 0, 1)
     gae_lambda: float = option(0.99, "lambda of `gae`: 0 relies on V, 1 on the rewards", 0, 1)
     hidden: int = option(64, "units in the hidden layer", 1)
@@ -55,7 +56,6 @@ class Settings:
     value_epochs: int = option(4, "passes over each batch to fit V", 0)
     minibatches: int = option(4, "parts into which each pass splits the batch", 1)
     watch: bool = option(False, "in the end, show the policy in a window")
-    # The update of the policy (section 6):
     learning_rate: float = option(6e-3, "Adam's for the policy; falls to 0", 0, 1000)
     epochs: int = option(4, "passes over each batch that update the policy", 1)
     clip: float = option(0.2, "how far from 1 a ratio may pay off; inf: any", 0)
@@ -76,14 +76,13 @@ class Network:
     def __init__(self, sizes, last_gain, rng):
         """A layer with tanh, then a linear one. All parameters are one vector, theta."""
         D, H, K = sizes
-        # A sum of n random numbers around 0 is about sqrt(n) times as large as one: divide by it.
-        W1 = rng.standard_normal((D, H)) / np.sqrt(D)
-        W2 = rng.standard_normal((H, K)) / np.sqrt(H) * last_gain  # if small, so are the outputs
+        W1 = rng.standard_normal((D, H)) / np.sqrt(D)  # so that a sum of D terms is about 1 in size
+        W2 = rng.standard_normal((H, K)) / np.sqrt(H) * last_gain  # small gain, small outputs
         parts = [W1.ravel(), np.zeros(H), W2.ravel(), np.zeros(K)]  # the order of `unflatten`
         self.theta = np.concatenate(parts).astype(np.float32)  # [P]
         self.sizes = sizes
-        self.adam_mean = np.zeros_like(self.theta)  # what `adam` remembers from step to step
-        self.adam_mean_square = np.zeros_like(self.theta)
+        self.adam_m = np.zeros_like(self.theta)  # what `adam` remembers from step to step
+        self.adam_v = np.zeros_like(self.theta)
         self.adam_steps = 0
 
 
@@ -104,53 +103,57 @@ def forward(network, inputs):
 
 
 def backward(network, activations, grad_outputs):
-    """The chain rule: an objective's derivatives by theta [P] from those by the outputs [B, K]."""
+    """The chain rule: derivatives of an objective, by the outputs [B, K] in, by theta [P] out."""
     _, _, W2, _ = unflatten(network.theta, network.sizes)
     inputs, hidden = activations
-    grad_hidden = grad_outputs @ W2.T  # [B, K] -> [B, H]
+    # As outputs[b, k] = sum_h hidden[b, h] * W2[h, k] + b2[k]:
+    grad_b2 = grad_outputs.sum(axis=0)  # [K], entries sum_b grad_outputs[b, k]
+    grad_W2 = hidden.T @ grad_outputs  # [H, K], sum_b hidden[b, h] * grad_outputs[b, k]
+    grad_hidden = grad_outputs @ W2.T  # [B, H], sum_k grad_outputs[b, k] * W2[h, k]
     grad_before_tanh = grad_hidden * (1 - hidden**2)  # [B, H], as tanh' = 1 - tanh^2
-    grad_layer1 = [inputs.T @ grad_before_tanh, grad_before_tanh.sum(axis=0)]  # W1, b1
-    grad_layer2 = [hidden.T @ grad_outputs, grad_outputs.sum(axis=0)]  # W2, b2
-    return np.concatenate([grad.ravel() for grad in [*grad_layer1, *grad_layer2]])
+    grad_b1 = grad_before_tanh.sum(axis=0)  # [H]
+    grad_W1 = inputs.T @ grad_before_tanh  # [D, H]
+    return np.concatenate([grad_W1.ravel(), grad_b1, grad_W2.ravel(), grad_b2])
 
 
 def adam(network, gradient, learning_rate):
-    """Move theta uphill by learning_rate * m / sqrt(v): m is a fading mean of the gradient, v of
-    its square (Kingma & Ba 2015, algorithm 1). For a steady gradient, m / sqrt(v) is 1 or -1."""
+    """One step uphill (Kingma & Ba 2015, algorithm 1): the mean of recent gradients, divided by the
+    root of their mean square. If they are steady this is about 1 or -1, whatever their size."""
     network.adam_steps += 1
-    network.adam_mean = 0.9 * network.adam_mean + 0.1 * gradient
-    network.adam_mean_square = 0.999 * network.adam_mean_square + 0.001 * gradient**2
-    m = network.adam_mean / (1 - 0.9**network.adam_steps)  # it began at 0: its weights sum to this
-    v = network.adam_mean_square / (1 - 0.999**network.adam_steps)
+    network.adam_m = 0.9 * network.adam_m + 0.1 * gradient
+    network.adam_v = 0.999 * network.adam_v + 0.001 * gradient**2
+    # Both began at 0. The factors of the gradients, 0.1 * 0.9^k, add up to 1 - 0.9^steps: divide.
+    m = network.adam_m / (1 - 0.9**network.adam_steps)
+    v = network.adam_v / (1 - 0.999**network.adam_steps)
     network.theta = network.theta + learning_rate * m / (np.sqrt(v) + 1e-8)  # 1e-8: never 0 / 0
 
 
 # --- 3. Policy ------------------------------------------------------------------------------------
 def log_softmax(logits):
     """log pi [B, K] of a policy's outputs z, the logits: pi(a|s) = exp(z_a) / sum_j exp(z_j)."""
-    log_sum = np.logaddexp.reduce(logits, axis=1, keepdims=True)  # log sum_j exp(z_j), no overflow
-    return logits - log_sum
+    return logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)  # exp alone might overflow
 
 
 def sample_actions(policy, states, rng):
-    """An action for each state: action a owns pi(a|s) of the line from 0 to 1; a point picks."""
+    """Draw an action for each state. Cut the line from 0 to 1 into parts, one for each action, as
+    long as its probability; pick a random point on the line. Its part is the action."""
     logits, _ = forward(policy, states)
-    ends = np.exp(log_softmax(logits)).cumsum(axis=1)  # [N, K], where the parts end
+    ends = np.exp(log_softmax(logits)).cumsum(axis=1)  # [N, K], where parts end; the last: at 1
     points = rng.random((len(states), 1))
-    return (points > ends[:, :-1]).sum(axis=1)  # how many ends lie before the point: its part
+    return (points > ends[:, :-1]).sum(axis=1)  # so many parts end before the point
 
 
 def kl(log_probs_old, log_probs_new):
-    """How far pi_new is from pi_old: 0 if they are equal, else positive (and not symmetric). The
-    Kullback-Leibler divergence sum_a pi_old log(pi_old / pi_new), mean over states, in nats."""
-    per_state = (np.exp(log_probs_old) * (log_probs_old - log_probs_new)).sum(axis=1)  # [B]
-    return float(per_state.mean())
+    """Kullback-Leibler divergence: how far pi_new is from pi_old, in nats, mean over the states.
+    In a state it is sum_a pi_old log(pi_old / pi_new): 0 if the two are equal, else positive."""
+    return float((np.exp(log_probs_old) * (log_probs_old - log_probs_new)).sum(axis=1).mean())
 
 
 def policy_gradient(policy, activations, log_probs, actions, coefficients):
-    """Gradient by theta [P] of the mean over the batch of coefficient (held fixed) * log pi(a|s).
-    With logits z, log pi(a|s) = z_a - log sum_j exp(z_j). Its derivative by z_k is
-    (1 if k = a, else 0) - exp(z_k) / sum_j exp(z_j), which is onehot(a)_k - pi(k|s)."""
+    """Gradient, with respect to theta [P], of  mean over the batch of coefficient * log pi(a|s).
+    The coefficients [B] are held fixed: in VPG and TRPO they are Â, and this is g. With logits z,
+    log pi(a|s) = z_a - log sum_j exp(z_j). So d log pi(a|s) / dz_k is
+    (1 if k = a, else 0) - exp(z_k) / sum_j exp(z_j): as a vector, onehot(a) - pi."""
     onehot = np.zeros_like(log_probs)  # [B, K]
     onehot[np.arange(len(actions)), actions] = 1  # in row i the column actions[i]
     grad_log_prob = onehot - np.exp(log_probs)  # [B, K]
@@ -168,19 +171,18 @@ def make_env(settings, num_envs, **options):
     space = env.single_action_space
     if not isinstance(space, gym.spaces.Discrete) or space.start != 0:
         raise ValueError(f"env must have Discrete actions from 0 on, not {space}")
-    reset_mode = env.metadata.get("autoreset_mode")  # not listed in Gymnasium 1.0
-    if reset_mode is not None and reset_mode.name != "NEXT_STEP":
+    if "NEXT_STEP" not in str(env.metadata.get("autoreset_mode", "NEXT_STEP")):  # see Experience
         raise ValueError("env must reset one step late (autoreset mode NEXT_STEP)")
     return env
 
 
 class Experience:
     """Environments side by side, whose episodes go on from one batch to the next.
-    They reset one step late. If the step in row t ends an episode, and s' is its last state:
-        row t      state s     action taken      leads to s', terminated or truncated
-        row t + 1  state s'    action ignored    leads to a new episode's first state: resetting
-    Row t + 1 shows s', whose value `gae` needs for row t. Its action does nothing, so that nothing
-    can be learned from it: `collect` drops the row."""
+    If a step ends an episode, Gymnasium returns its last state, s'. Only the next step begins a new
+    one, and ignores the action. Between two episodes there is thus a row that is no real step:
+        row t      state s   action taken    leads to s': terminated, or truncated by a time limit
+        row t + 1  state s'  action ignored  leads to a new episode's first state: resetting
+    `gae` needs its V(s') for row t; then `collect` drops it."""
 
     def __init__(self, settings, rng):
         self.env = make_env(settings, settings.num_envs)
@@ -190,8 +192,7 @@ class Experience:
         self.finished_returns = []
 
     def play(self, policy, horizon, rng):
-        """T = horizon steps. Returns six arrays: states [T, N, D], actions, rewards, terminated
-        (the episode is over), truncated (a time limit cut it short), resetting [T, N]."""
+        """T rows: states [T, N, D]; actions, rewards, terminated, truncated, resetting [T, N]."""
         rows = []
         for _ in range(horizon):
             states = self.states
@@ -202,100 +203,102 @@ class Experience:
             ended = terminated | truncated
             self.finished_returns.extend(self.running_returns[ended])
             self.running_returns[ended] = 0
-            self.resetting = ended  # the next step only resets these
-        return [np.array(column) for column in zip(*rows)]  # all states, all actions, ...
+            self.resetting = ended
+        return [np.array(column) for column in zip(*rows)]  # from T rows of 6 to 6 arrays of T
 
 
 # --- 5. Values and advantages ---------------------------------------------------------------------
-# V(s), a network, predicts the discounted return r_t + gamma r_{t+1} + gamma^2 r_{t+2} + ...
 def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
-    """Generalized advantage estimation [T, N] (Schulman et al. 2016, section 3). values [T + 1, N].
-    delta_t = r_t + gamma V(s_{t+1}) - V(s_t); if V is exact, its mean is A(s_t, a_t)
-    A_t     = delta_t + gamma lambda delta_{t+1} + ... = delta_t + gamma lambda A_{t+1}
-    V(s_{t+1}) counts as 0 after `terminated`; the sum ends after `terminated` and `truncated`.
-    lambda = 1: every V in between cancels, A_t = r_t + gamma r_{t+1} + ... + gamma^n V(s_{t+n}) -
-    V(s_t), with s_{t+n} at the end of the episode or batch: noisy, and wrong as far as that V is.
-    lambda = 0: A_t = delta_t: less noisy, but wrong as far as V(s_{t+1}) is, at every step."""
-    # values[t + 1] is V of the state that step t led to, of s' at an episode's end. A terminated
-    # episode earns no more. A truncated one would have earned about V more.
-    next_values = np.where(terminated, 0, values[1:])
-    deltas = rewards + gamma * next_values - values[:-1]
-    ended = terminated | truncated  # the next row resets: its A is no part of this one
-    advantages = np.zeros_like(values)  # [T + 1, N]; the last row stays 0: there V is trusted
-    for t in reversed(range(len(deltas))):
-        following = np.where(ended[t], 0, advantages[t + 1])
-        advantages[t] = deltas[t] + gamma * gae_lambda * following
+    """Generalized advantage estimation (Schulman et al. 2016): Â [T, N]. values [T + 1, N] are V of
+    the states played and of those the last row led to. The temporal-difference (TD) error
+        td_error_t = r_t + gamma V(s_{t+1}) - V(s_t)
+    says how much better a step went than V had predicted. If V were right, its mean would be A. But
+    V is an estimate. How much V(s_{t+1}) was too low, the next TD error says: so it is added, too.
+        Â_t = td_error_t + gamma lambda td_error_{t+1} + (gamma lambda)^2 td_error_{t+2} + ...
+    ends with the episode or the batch. If lambda = 1, V cancels in between: the first two make
+        r_t + gamma r_{t+1} + gamma^2 V(s_{t+2}) - V(s_t),
+    all make the rewards that followed, plus V where they were cut off, minus V(s_t): noisy. If
+    lambda = 0, only the first is left: less noise, but a wrong V(s_{t+1}) misleads it."""
+    # Terminated: nothing more is earned. Truncated: about V(s') more would have been earned.
+    next_values = np.where(terminated, 0, values[1:])  # at an episode's end row t + 1 shows s'
+    td_errors = rewards + gamma * next_values - values[:-1]
+    ended = terminated | truncated
+    advantages = np.zeros_like(values)  # the last row stays 0: no TD error follows the batch
+    for t in reversed(range(len(rewards))):
+        following = np.where(ended[t], 0, advantages[t + 1])  # row t + 1 only resets: not used
+        advantages[t] = td_errors[t] + gamma * gae_lambda * following
     return advantages[:-1]
 
 
 def collect(experience, policy, value, settings, rng):
-    """Play, and return what an update needs by name, one row for each real step."""
+    """Play, and return a batch: what an update needs, with one row for each real step, [B]."""
     columns = experience.play(policy, settings.horizon, rng)
     states, actions, rewards, terminated, truncated, resetting = columns
-    all_states = np.concatenate([states, experience.states[None]], dtype=np.float32)
+    all_states = np.concatenate([states, [experience.states]], dtype=np.float32)  # [T + 1, N, D]
     outputs, _ = forward(value, all_states)  # [T + 1, N, 1]
     values = outputs[..., 0]
     advantages = gae(rewards, values, terminated, truncated, settings.gamma, settings.gae_lambda)
-    targets = advantages + values[:-1]  # for V: as A estimates return - V, they estimate the return
-    real = ~resetting  # as an index it takes the steps that are True, in one row: [T, N] -> [B]
-    logits, _ = forward(policy, all_states[:-1][real])
-    # Usual, though no theory asks for it: minus the mean, which acts much like a baseline; divided
-    # by the spread. (The scale of A alone hardly changes a step of Adam's, and not at all TRPO's.)
-    normalized = (advantages - advantages[real].mean()) / (advantages[real].std() + 1e-8)
-    return SimpleNamespace(
-        states=all_states[:-1][real],  # [B, D]
-        actions=actions[real],  # [B]
-        log_probs_old=log_softmax(logits),  # [B, K], of all actions, from the policy that played
-        advantages=normalized[real],  # [B], normalized
-        values=values[:-1][real],  # [B], V before it is fitted, for `report`
-        targets=targets[real],  # [B], from advantages before they were normalized
-    )
+    targets = advantages + values[:-1]  # Â is what happened minus V: this is what happened
+    real = ~resetting  # as an index it takes the rows that are True: [T, N] -> [B]
+    batch = SimpleNamespace()
+    batch.states = all_states[:-1][real]  # [B, D]
+    batch.actions = actions[real]
+    batch.values = values[:-1][real]  # V before it is fitted, for `report`
+    batch.targets = targets[real]
+    advantages = advantages[real]
+    # Usual, though no theory asks for it: minus the mean, which is one more baseline; divided by
+    # the standard deviation, so that they have the same unit in each batch.
+    batch.advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    logits, _ = forward(policy, batch.states)  # as they were when it played
+    batch.log_probs_old = log_softmax(logits)  # [B, K]
+    return batch
 
 
-def fit_value(value, batch, settings, remaining, rng):
-    """Bring V closer to the targets, several times: uphill on the mean of -(target - V)^2 / 2."""
+def fit_value(value, batch, settings, decay, rng):
+    """Bring V closer to the targets, in small steps: uphill on the mean of -(target - V)^2 / 2."""
     for _ in range(settings.value_epochs):
         order = rng.permutation(len(batch.targets))
-        for rows in np.array_split(order, settings.minibatches):
-            outputs, activations = forward(value, batch.states[rows])  # [B, 1]
-            errors = batch.targets[rows, None] - outputs  # [B, 1], the derivative by V
-            gradient = backward(value, activations, errors / len(rows))
-            adam(value, gradient, remaining * settings.value_learning_rate)
+        for chosen in np.array_split(order, settings.minibatches):
+            outputs, activations = forward(value, batch.states[chosen])  # [b, 1], of a minibatch
+            errors = batch.targets[chosen, None] - outputs  # the derivative by V, targets fixed
+            gradient = backward(value, activations, errors / len(chosen))
+            adam(value, gradient, decay * settings.value_learning_rate)
 
 
 # --- 6. The update --------------------------------------------------------------------------------
+# The three scripts differ only here, in their own settings, and in the docstring at the top.
 def clipped_surrogate_gradient(ratio, advantages, clip):
-    """Derivative [B] of min(ratio * A, clipped ratio * A) by the ratio (equation 7): 0 if A > 0 and
-    ratio > 1 + clip (raised enough), or if A < 0 and ratio < 1 - clip (lowered enough). Else A, for
-    a ratio beyond the clip on the other side, too: it is to come back."""
-    unclipped = ratio * advantages
-    clipped = np.clip(ratio, 1 - clip, 1 + clip) * advantages
-    return np.where(clipped < unclipped, 0, advantages)  # 0: the clipped term is a constant
+    """Derivative [B] of min(ratio * Â, clipped ratio * Â) by the ratio (equation 7): Â, but 0 where
+    the min is the clipped term, which is constant there."""
+    likely_enough = (advantages > 0) & (ratio > 1 + clip)
+    unlikely_enough = (advantages < 0) & (ratio < 1 - clip)
+    return np.where(likely_enough | unlikely_enough, 0, advantages)
 
 
-def minibatch_step(policy, batch, rows, settings, remaining):
-    """One step of Adam with rows of the batch. Returns which ratios are outside the clip,
-    on either side: those that moved against A still have a gradient."""
-    actions = batch.actions[rows]
-    logits, activations = forward(policy, batch.states[rows])
-    log_probs = log_softmax(logits)
-    log_probs_taken = log_probs[np.arange(len(rows)), actions]  # [B], of the actions taken
-    ratio = np.exp(log_probs_taken - batch.log_probs_old[rows, actions])  # 1 in the first minibatch
-    slope = clipped_surrogate_gradient(ratio, batch.advantages[rows], settings.clip)
-    # The ratio is exp(log pi - log pi_old): its derivative is ratio * derivative of log pi.
+def minibatch_step(policy, batch, chosen, settings, decay):
+    """One change of theta by Adam, for the chosen rows of the batch. Returns which of their ratios
+    [b] were outside the clip, on either side: those on the wrong side still have a gradient."""
+    actions = batch.actions[chosen]
+    logits, activations = forward(policy, batch.states[chosen])
+    log_probs = log_softmax(logits)  # [b, K]
+    log_probs_taken = log_probs[np.arange(len(chosen)), actions]  # [b], of the actions taken
+    ratio = np.exp(log_probs_taken - batch.log_probs_old[chosen, actions])  # at first all 1: VPG
+    slope = clipped_surrogate_gradient(ratio, batch.advantages[chosen], settings.clip)
+    # The slope is that of L by the ratio. The ratio's own gradient is ratio * gradient of log pi.
     gradient = policy_gradient(policy, activations, log_probs, actions, slope * ratio)
-    adam(policy, gradient, remaining * settings.learning_rate)
+    adam(policy, gradient, decay * settings.learning_rate)
     return np.abs(ratio - 1) > settings.clip
 
 
-def update_policy(policy, batch, settings, remaining, rng):
-    """Epochs of minibatch steps. After each epoch the KL shows how far the policy has moved."""
+def update_policy(policy, batch, settings, decay, rng):
+    """Several epochs, each over the whole batch. After each the KL is measured: the clip takes away
+    what is gained by going far, but does not forbid to go far."""
     kls = []
     outside = []
     for _ in range(settings.epochs):
         order = rng.permutation(len(batch.actions))
-        for rows in np.array_split(order, settings.minibatches):
-            outside.append(minibatch_step(policy, batch, rows, settings, remaining))
+        for chosen in np.array_split(order, settings.minibatches):
+            outside.append(minibatch_step(policy, batch, chosen, settings, decay))
         logits, _ = forward(policy, batch.states)
         kls.append(kl(batch.log_probs_old, log_softmax(logits)))
         if kls[-1] > settings.target_kl:
@@ -314,7 +317,7 @@ def initial_policy(settings):
 
 
 def train(settings, policy):
-    """Generator: each `next` updates the policy in place. FloatingPointError if it isn't finite."""
+    """Generator: each `next` updates `policy`, and yields the figures of that update."""
     start = time.perf_counter()
     rng = np.random.default_rng([settings.seed, 1])  # stream 0 made the policy, 2 evaluates
     value = Network((*policy.sizes[:2], 1), 1.0, rng)  # sizes (D, H, 1)
@@ -322,23 +325,21 @@ def train(settings, policy):
     steps = 0
     update = 0
     while steps < settings.steps:
-        remaining = 1 - steps / settings.steps  # factor of Adam's learning rates: from 1 towards 0
+        decay = 1 - steps / settings.steps  # lowers Adam's learning rates, from 1 to 0
         batch = collect(experience, policy, value, settings, rng)
         theta_old = policy.theta.copy()
-        own_figures = update_policy(policy, batch, settings, remaining, rng)
-        fit_value(value, batch, settings, remaining, rng)
+        own_figures = update_policy(policy, batch, settings, decay, rng)
+        fit_value(value, batch, settings, decay, rng)
         update += 1
         steps += len(batch.actions)
         row = {"update": update, "steps": steps} | report(policy, theta_old, batch, experience)
-        row["seconds"] = time.perf_counter() - start
         if not np.isfinite([policy.theta.sum(), value.theta.sum(), row["kl"]]).all():
-            raise FloatingPointError(f"update {update} is no longer finite: smaller steps may help")
-        yield row | own_figures
+            raise FloatingPointError(f"update {update} is no longer finite: use smaller steps")
+        yield row | {"seconds": time.perf_counter() - start} | own_figures
 
 
 def report(policy, theta_old, batch, experience):
-    """What to print: kl and step_norm of the update; entropy, explained_variance from before it;
-    episode_return, the mean of the last 100 finished episodes (nan if there are none)."""
+    """Figures of an update; explained_variance: how well V predicted the targets before its fit."""
     logits, _ = forward(policy, batch.states)
     variance = float(batch.targets.var())
     unexplained = float((batch.targets - batch.values).var())  # V off by a constant is not seen
@@ -346,8 +347,9 @@ def report(policy, theta_old, batch, experience):
         "episodes": len(experience.finished_returns),
         "episode_return": float(np.mean(experience.finished_returns[-100:] or [np.nan])),
         "kl": kl(batch.log_probs_old, log_softmax(logits)),  # from the old policy to the new one
+        # Of the old policy: log K if it is undecided, 0 if it is certain.
         "entropy": -float((np.exp(batch.log_probs_old) * batch.log_probs_old).sum(axis=1).mean()),
-        "step_norm": float(np.linalg.norm(policy.theta - theta_old)),
+        "step_norm": float(np.linalg.norm(policy.theta - theta_old)),  # how far theta has moved
         "explained_variance": 1 - unexplained / variance if variance > 0 else 0.0,
     }
 
@@ -383,10 +385,10 @@ def parse(argv=None):
 
 def main():
     settings = parse()
-    np.seterr(all="ignore")  # `train` checks that its results are finite
+    np.seterr(all="ignore")  # no warnings of overflow: `train` stops if a result is not finite
     policy = initial_policy(settings)
     env = make_env(settings, 100)
-    threshold = env.spec.reward_threshold or np.inf  # of the mean return; some have none
+    threshold = np.inf if env.spec.reward_threshold is None else env.spec.reward_threshold
     solved = "never"
     print("   steps  episode_return        kl  step_norm  entropy  seconds")
     line = "{steps:8}{episode_return:16.1f}{kl:10.2g}{step_norm:11.2g}{entropy:9.3f}{seconds:9.1f}"
@@ -408,7 +410,5 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except FloatingPointError as error:
-        raise SystemExit(str(error))
-    except KeyboardInterrupt:
-        raise SystemExit(130)  # 128 + 2, the number of the signal
+    except (FloatingPointError, KeyboardInterrupt) as error:
+        raise SystemExit(str(error) or 130)  # Ctrl-C has no message; its usual status is 130

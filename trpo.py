@@ -1,36 +1,36 @@
-"""Trust region policy optimization (TRPO): a large update that stays close to the old policy.
+"""Trust region policy optimization (TRPO): improve the policy, but change its probabilities little.
 
-V(s) is the mean discounted return from state s on under pi_old, the policy that played the batch;
-a second network estimates it. A(s, a), the advantage, is how much more it is if action a comes
-first (section 5). A policy with sum_a pi A > 0 in each state is better: its every step gains on
-pi_old. As sum_a pi A = sum_a pi_old (pi / pi_old) A, an action played has the weight pi / pi_old:
+pi_old, with the weights theta_old, played the batch. V(s) is its expected return, the sum of all
+gamma^t r_t, from state s on; A(s, a), the advantage, how much more it is if action a comes first.
+How good is another policy pi? Along an episode, gamma^t (r_t + gamma V(s_{t+1}) - V(s_t)) adds up
+to its return minus V(s_0), as V cancels in between; and the mean of r_t + gamma V(s_{t+1}) - V(s_t)
+is A(s_t, a_t). Hence, with the mean over pi's episodes,
 
-    maximize    L(theta) = mean over the batch of  A * pi(a|s; theta) / pi(a|s; theta_old)
-    subject to  mean over its states of KL(pi_old || pi)  <=  delta
+    expected return of pi  =  expected return of pi_old  +  mean of sum_t gamma^t A(s_t, a_t)
 
-L, the surrogate, misleads far from pi_old: its states and A are pi_old's. The trust region is where
-the KL (section 3) is <= delta, not where theta is near: a small step can change pi completely.
+(equation 1 of the paper). But the batch is pi_old's. Its actions can be reweighted, by the ratio
+pi(a|s; theta) / pi(a|s; theta_old): sum_a pi A = sum_a pi_old * ratio * A. Its states are used as
+they are, which is nearly right if pi is near pi_old. So, with Â to estimate A (section 5),
 
-    repeat:  play a batch of steps with the policy                      (section 4)
-             estimate A; set targets for V, A + V; then normalize A     (section 5)
-             step <- the one that raises L most at KL = delta, nearly;  (section 6)
-                     shorten it until the KL is <= delta and L has grown
-             fit V to its targets                                       (section 5)
+    maximize    L(theta)  =  mean over the batch of  ratio * Â         (L: the surrogate)
+    subject to  mean over its states of KL(pi_old || pi)  <=  delta    (this is the trust region)
+
+KL (section 3) compares probabilities: equal changes of theta can change them a lot or not at all.
+
+    repeat:  play a batch of steps with the policy                         (section 4)
+             estimate the advantages Â; set targets for V, Â + V           (section 5)
+             change theta: conjugate gradient, then a line search          (section 6)
+             fit V to its targets                                          (section 5)
 Run:  python trpo.py    Options:  python trpo.py --help    Schulman et al. 2015, arXiv:1502.05477
 """
 
-import os
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # for speed: one thread suits small arrays
-import numpy as np
-
-np.empty(2**21)  # for speed only: from here on Linux's malloc keeps freed memory for later
 import time
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, BooleanOptionalAction
 from dataclasses import dataclass, field, fields
 from types import SimpleNamespace
 
 import gymnasium as gym
+import numpy as np
 
 
 # --- 1. Settings ----------------------------------------------------------------------------------
@@ -44,7 +44,7 @@ class Settings:
     seed: int = option(0, "seed of all random numbers", 0)
     steps: int = option(150_000, "environment steps to train for (the last batch is completed)", 1)
     num_envs: int = option(16, "environments that run side by side", 1)
-    horizon: int = option(48, "steps of each environment in a batch, with those that reset", 2)
+    horizon: int = option(48, "calls of step in a batch, for each environment", 2)
     gamma: float = option(0.99, "discount factor", 0, 1)
     gae_lambda: float = option(0.99, "lambda of `gae`: 0 relies on V, 1 on the rewards", 0, 1)
     hidden: int = option(64, "units in the hidden layer", 1)
@@ -52,7 +52,6 @@ class Settings:
     value_epochs: int = option(4, "passes over each batch to fit V", 0)
     minibatches: int = option(4, "parts into which each pass splits the batch", 1)
     watch: bool = option(False, "in the end, show the policy in a window")
-    # The update of the policy (section 6):
     delta: float = option(0.01, "trust region: largest mean KL of an update, in nats", 1e-12, 1e6)
     damping: float = option(0.03, "multiple of the identity added to the Fisher matrix", 0, 1000)
     cg_iterations: int = option(5, "conjugate gradient iterations", 1)
@@ -75,14 +74,13 @@ class Network:
     def __init__(self, sizes, last_gain, rng):
         """A layer with tanh, then a linear one. All parameters are one vector, theta."""
         D, H, K = sizes
-        # A sum of n random numbers around 0 is about sqrt(n) times as large as one: divide by it.
-        W1 = rng.standard_normal((D, H)) / np.sqrt(D)
-        W2 = rng.standard_normal((H, K)) / np.sqrt(H) * last_gain  # if small, so are the outputs
+        W1 = rng.standard_normal((D, H)) / np.sqrt(D)  # so that a sum of D terms is about 1 in size
+        W2 = rng.standard_normal((H, K)) / np.sqrt(H) * last_gain  # small gain, small outputs
         parts = [W1.ravel(), np.zeros(H), W2.ravel(), np.zeros(K)]  # the order of `unflatten`
         self.theta = np.concatenate(parts).astype(np.float32)  # [P]
         self.sizes = sizes
-        self.adam_mean = np.zeros_like(self.theta)  # what `adam` remembers from step to step
-        self.adam_mean_square = np.zeros_like(self.theta)
+        self.adam_m = np.zeros_like(self.theta)  # what `adam` remembers from step to step
+        self.adam_v = np.zeros_like(self.theta)
         self.adam_steps = 0
 
 
@@ -103,53 +101,57 @@ def forward(network, inputs):
 
 
 def backward(network, activations, grad_outputs):
-    """The chain rule: an objective's derivatives by theta [P] from those by the outputs [B, K]."""
+    """The chain rule: derivatives of an objective, by the outputs [B, K] in, by theta [P] out."""
     _, _, W2, _ = unflatten(network.theta, network.sizes)
     inputs, hidden = activations
-    grad_hidden = grad_outputs @ W2.T  # [B, K] -> [B, H]
+    # As outputs[b, k] = sum_h hidden[b, h] * W2[h, k] + b2[k]:
+    grad_b2 = grad_outputs.sum(axis=0)  # [K], entries sum_b grad_outputs[b, k]
+    grad_W2 = hidden.T @ grad_outputs  # [H, K], sum_b hidden[b, h] * grad_outputs[b, k]
+    grad_hidden = grad_outputs @ W2.T  # [B, H], sum_k grad_outputs[b, k] * W2[h, k]
     grad_before_tanh = grad_hidden * (1 - hidden**2)  # [B, H], as tanh' = 1 - tanh^2
-    grad_layer1 = [inputs.T @ grad_before_tanh, grad_before_tanh.sum(axis=0)]  # W1, b1
-    grad_layer2 = [hidden.T @ grad_outputs, grad_outputs.sum(axis=0)]  # W2, b2
-    return np.concatenate([grad.ravel() for grad in [*grad_layer1, *grad_layer2]])
+    grad_b1 = grad_before_tanh.sum(axis=0)  # [H]
+    grad_W1 = inputs.T @ grad_before_tanh  # [D, H]
+    return np.concatenate([grad_W1.ravel(), grad_b1, grad_W2.ravel(), grad_b2])
 
 
 def adam(network, gradient, learning_rate):
-    """Move theta uphill by learning_rate * m / sqrt(v): m is a fading mean of the gradient, v of
-    its square (Kingma & Ba 2015, algorithm 1). For a steady gradient, m / sqrt(v) is 1 or -1."""
+    """One step uphill (Kingma & Ba 2015, algorithm 1): the mean of recent gradients, divided by the
+    root of their mean square. If they are steady this is about 1 or -1, whatever their size."""
     network.adam_steps += 1
-    network.adam_mean = 0.9 * network.adam_mean + 0.1 * gradient
-    network.adam_mean_square = 0.999 * network.adam_mean_square + 0.001 * gradient**2
-    m = network.adam_mean / (1 - 0.9**network.adam_steps)  # it began at 0: its weights sum to this
-    v = network.adam_mean_square / (1 - 0.999**network.adam_steps)
+    network.adam_m = 0.9 * network.adam_m + 0.1 * gradient
+    network.adam_v = 0.999 * network.adam_v + 0.001 * gradient**2
+    # Both began at 0. The factors of the gradients, 0.1 * 0.9^k, add up to 1 - 0.9^steps: divide.
+    m = network.adam_m / (1 - 0.9**network.adam_steps)
+    v = network.adam_v / (1 - 0.999**network.adam_steps)
     network.theta = network.theta + learning_rate * m / (np.sqrt(v) + 1e-8)  # 1e-8: never 0 / 0
 
 
 # --- 3. Policy ------------------------------------------------------------------------------------
 def log_softmax(logits):
     """log pi [B, K] of a policy's outputs z, the logits: pi(a|s) = exp(z_a) / sum_j exp(z_j)."""
-    log_sum = np.logaddexp.reduce(logits, axis=1, keepdims=True)  # log sum_j exp(z_j), no overflow
-    return logits - log_sum
+    return logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)  # exp alone might overflow
 
 
 def sample_actions(policy, states, rng):
-    """An action for each state: action a owns pi(a|s) of the line from 0 to 1; a point picks."""
+    """Draw an action for each state. Cut the line from 0 to 1 into parts, one for each action, as
+    long as its probability; pick a random point on the line. Its part is the action."""
     logits, _ = forward(policy, states)
-    ends = np.exp(log_softmax(logits)).cumsum(axis=1)  # [N, K], where the parts end
+    ends = np.exp(log_softmax(logits)).cumsum(axis=1)  # [N, K], where parts end; the last: at 1
     points = rng.random((len(states), 1))
-    return (points > ends[:, :-1]).sum(axis=1)  # how many ends lie before the point: its part
+    return (points > ends[:, :-1]).sum(axis=1)  # so many parts end before the point
 
 
 def kl(log_probs_old, log_probs_new):
-    """How far pi_new is from pi_old: 0 if they are equal, else positive (and not symmetric). The
-    Kullback-Leibler divergence sum_a pi_old log(pi_old / pi_new), mean over states, in nats."""
-    per_state = (np.exp(log_probs_old) * (log_probs_old - log_probs_new)).sum(axis=1)  # [B]
-    return float(per_state.mean())
+    """Kullback-Leibler divergence: how far pi_new is from pi_old, in nats, mean over the states.
+    In a state it is sum_a pi_old log(pi_old / pi_new): 0 if the two are equal, else positive."""
+    return float((np.exp(log_probs_old) * (log_probs_old - log_probs_new)).sum(axis=1).mean())
 
 
 def policy_gradient(policy, activations, log_probs, actions, coefficients):
-    """Gradient by theta [P] of the mean over the batch of coefficient (held fixed) * log pi(a|s).
-    With logits z, log pi(a|s) = z_a - log sum_j exp(z_j). Its derivative by z_k is
-    (1 if k = a, else 0) - exp(z_k) / sum_j exp(z_j), which is onehot(a)_k - pi(k|s)."""
+    """Gradient, with respect to theta [P], of  mean over the batch of coefficient * log pi(a|s).
+    The coefficients [B] are held fixed: in VPG and TRPO they are Â, and this is g. With logits z,
+    log pi(a|s) = z_a - log sum_j exp(z_j). So d log pi(a|s) / dz_k is
+    (1 if k = a, else 0) - exp(z_k) / sum_j exp(z_j): as a vector, onehot(a) - pi."""
     onehot = np.zeros_like(log_probs)  # [B, K]
     onehot[np.arange(len(actions)), actions] = 1  # in row i the column actions[i]
     grad_log_prob = onehot - np.exp(log_probs)  # [B, K]
@@ -167,19 +169,18 @@ def make_env(settings, num_envs, **options):
     space = env.single_action_space
     if not isinstance(space, gym.spaces.Discrete) or space.start != 0:
         raise ValueError(f"env must have Discrete actions from 0 on, not {space}")
-    reset_mode = env.metadata.get("autoreset_mode")  # not listed in Gymnasium 1.0
-    if reset_mode is not None and reset_mode.name != "NEXT_STEP":
+    if "NEXT_STEP" not in str(env.metadata.get("autoreset_mode", "NEXT_STEP")):  # see Experience
         raise ValueError("env must reset one step late (autoreset mode NEXT_STEP)")
     return env
 
 
 class Experience:
     """Environments side by side, whose episodes go on from one batch to the next.
-    They reset one step late. If the step in row t ends an episode, and s' is its last state:
-        row t      state s     action taken      leads to s', terminated or truncated
-        row t + 1  state s'    action ignored    leads to a new episode's first state: resetting
-    Row t + 1 shows s', whose value `gae` needs for row t. Its action does nothing, so that nothing
-    can be learned from it: `collect` drops the row."""
+    If a step ends an episode, Gymnasium returns its last state, s'. Only the next step begins a new
+    one, and ignores the action. Between two episodes there is thus a row that is no real step:
+        row t      state s   action taken    leads to s': terminated, or truncated by a time limit
+        row t + 1  state s'  action ignored  leads to a new episode's first state: resetting
+    `gae` needs its V(s') for row t; then `collect` drops it."""
 
     def __init__(self, settings, rng):
         self.env = make_env(settings, settings.num_envs)
@@ -189,8 +190,7 @@ class Experience:
         self.finished_returns = []
 
     def play(self, policy, horizon, rng):
-        """T = horizon steps. Returns six arrays: states [T, N, D], actions, rewards, terminated
-        (the episode is over), truncated (a time limit cut it short), resetting [T, N]."""
+        """T rows: states [T, N, D]; actions, rewards, terminated, truncated, resetting [T, N]."""
         rows = []
         for _ in range(horizon):
             states = self.states
@@ -201,77 +201,80 @@ class Experience:
             ended = terminated | truncated
             self.finished_returns.extend(self.running_returns[ended])
             self.running_returns[ended] = 0
-            self.resetting = ended  # the next step only resets these
-        return [np.array(column) for column in zip(*rows)]  # all states, all actions, ...
+            self.resetting = ended
+        return [np.array(column) for column in zip(*rows)]  # from T rows of 6 to 6 arrays of T
 
 
 # --- 5. Values and advantages ---------------------------------------------------------------------
-# V(s), a network, predicts the discounted return r_t + gamma r_{t+1} + gamma^2 r_{t+2} + ...
 def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
-    """Generalized advantage estimation [T, N] (Schulman et al. 2016, section 3). values [T + 1, N].
-    delta_t = r_t + gamma V(s_{t+1}) - V(s_t); if V is exact, its mean is A(s_t, a_t)
-    A_t     = delta_t + gamma lambda delta_{t+1} + ... = delta_t + gamma lambda A_{t+1}
-    V(s_{t+1}) counts as 0 after `terminated`; the sum ends after `terminated` and `truncated`.
-    lambda = 1: every V in between cancels, A_t = r_t + gamma r_{t+1} + ... + gamma^n V(s_{t+n}) -
-    V(s_t), with s_{t+n} at the end of the episode or batch: noisy, and wrong as far as that V is.
-    lambda = 0: A_t = delta_t: less noisy, but wrong as far as V(s_{t+1}) is, at every step."""
-    # values[t + 1] is V of the state that step t led to, of s' at an episode's end. A terminated
-    # episode earns no more. A truncated one would have earned about V more.
-    next_values = np.where(terminated, 0, values[1:])
-    deltas = rewards + gamma * next_values - values[:-1]
-    ended = terminated | truncated  # the next row resets: its A is no part of this one
-    advantages = np.zeros_like(values)  # [T + 1, N]; the last row stays 0: there V is trusted
-    for t in reversed(range(len(deltas))):
-        following = np.where(ended[t], 0, advantages[t + 1])
-        advantages[t] = deltas[t] + gamma * gae_lambda * following
+    """Generalized advantage estimation (Schulman et al. 2016): Â [T, N]. values [T + 1, N] are V of
+    the states played and of those the last row led to. The temporal-difference (TD) error
+        td_error_t = r_t + gamma V(s_{t+1}) - V(s_t)
+    says how much better a step went than V had predicted. If V were right, its mean would be A. But
+    V is an estimate. How much V(s_{t+1}) was too low, the next TD error says: so it is added, too.
+        Â_t = td_error_t + gamma lambda td_error_{t+1} + (gamma lambda)^2 td_error_{t+2} + ...
+    ends with the episode or the batch. If lambda = 1, V cancels in between: the first two make
+        r_t + gamma r_{t+1} + gamma^2 V(s_{t+2}) - V(s_t),
+    all make the rewards that followed, plus V where they were cut off, minus V(s_t): noisy. If
+    lambda = 0, only the first is left: less noise, but a wrong V(s_{t+1}) misleads it."""
+    # Terminated: nothing more is earned. Truncated: about V(s') more would have been earned.
+    next_values = np.where(terminated, 0, values[1:])  # at an episode's end row t + 1 shows s'
+    td_errors = rewards + gamma * next_values - values[:-1]
+    ended = terminated | truncated
+    advantages = np.zeros_like(values)  # the last row stays 0: no TD error follows the batch
+    for t in reversed(range(len(rewards))):
+        following = np.where(ended[t], 0, advantages[t + 1])  # row t + 1 only resets: not used
+        advantages[t] = td_errors[t] + gamma * gae_lambda * following
     return advantages[:-1]
 
 
 def collect(experience, policy, value, settings, rng):
-    """Play, and return what an update needs by name, one row for each real step."""
+    """Play, and return a batch: what an update needs, with one row for each real step, [B]."""
     columns = experience.play(policy, settings.horizon, rng)
     states, actions, rewards, terminated, truncated, resetting = columns
-    all_states = np.concatenate([states, experience.states[None]], dtype=np.float32)
+    all_states = np.concatenate([states, [experience.states]], dtype=np.float32)  # [T + 1, N, D]
     outputs, _ = forward(value, all_states)  # [T + 1, N, 1]
     values = outputs[..., 0]
     advantages = gae(rewards, values, terminated, truncated, settings.gamma, settings.gae_lambda)
-    targets = advantages + values[:-1]  # for V: as A estimates return - V, they estimate the return
-    real = ~resetting  # as an index it takes the steps that are True, in one row: [T, N] -> [B]
-    logits, _ = forward(policy, all_states[:-1][real])
-    # Usual, though no theory asks for it: minus the mean, which acts much like a baseline; divided
-    # by the spread. (The scale of A alone hardly changes a step of Adam's, and not at all TRPO's.)
-    normalized = (advantages - advantages[real].mean()) / (advantages[real].std() + 1e-8)
-    return SimpleNamespace(
-        states=all_states[:-1][real],  # [B, D]
-        actions=actions[real],  # [B]
-        log_probs_old=log_softmax(logits),  # [B, K], of all actions, from the policy that played
-        advantages=normalized[real],  # [B], normalized
-        values=values[:-1][real],  # [B], V before it is fitted, for `report`
-        targets=targets[real],  # [B], from advantages before they were normalized
-    )
+    targets = advantages + values[:-1]  # Â is what happened minus V: this is what happened
+    real = ~resetting  # as an index it takes the rows that are True: [T, N] -> [B]
+    batch = SimpleNamespace()
+    batch.states = all_states[:-1][real]  # [B, D]
+    batch.actions = actions[real]
+    batch.values = values[:-1][real]  # V before it is fitted, for `report`
+    batch.targets = targets[real]
+    advantages = advantages[real]
+    # Usual, though no theory asks for it: minus the mean, which is one more baseline; divided by
+    # the standard deviation, so that they have the same unit in each batch.
+    batch.advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    logits, _ = forward(policy, batch.states)  # as they were when it played
+    batch.log_probs_old = log_softmax(logits)  # [B, K]
+    return batch
 
 
-def fit_value(value, batch, settings, remaining, rng):
-    """Bring V closer to the targets, several times: uphill on the mean of -(target - V)^2 / 2."""
+def fit_value(value, batch, settings, decay, rng):
+    """Bring V closer to the targets, in small steps: uphill on the mean of -(target - V)^2 / 2."""
     for _ in range(settings.value_epochs):
         order = rng.permutation(len(batch.targets))
-        for rows in np.array_split(order, settings.minibatches):
-            outputs, activations = forward(value, batch.states[rows])  # [B, 1]
-            errors = batch.targets[rows, None] - outputs  # [B, 1], the derivative by V
-            gradient = backward(value, activations, errors / len(rows))
-            adam(value, gradient, remaining * settings.value_learning_rate)
+        for chosen in np.array_split(order, settings.minibatches):
+            outputs, activations = forward(value, batch.states[chosen])  # [b, 1], of a minibatch
+            errors = batch.targets[chosen, None] - outputs  # the derivative by V, targets fixed
+            gradient = backward(value, activations, errors / len(chosen))
+            adam(value, gradient, decay * settings.value_learning_rate)
 
 
 # --- 6. The update --------------------------------------------------------------------------------
-# At theta_old, let g be the gradient of L, and F the second derivative of the KL. (The KL is 0, the
-# least it can be, so its first derivative is 0 as well.) For a small step
-#     L changes by  g . step,    the KL is  (step . F step) / 2.
-# At KL = delta, g . step is largest where  g = mu F step  (Lagrange, with a multiplier mu). So
-#     step = c x;  x, the natural gradient, solves F x = g;  c = sqrt(2 delta / (x . F x)).
-# g is REINFORCE's with A: gradient of ratio = ratio * gradient of log pi, and the ratio is 1.
+# The gradient of a ratio is ratio * gradient of log pi, and at theta_old every ratio is 1. So there
+# the gradient g of L is REINFORCE's with Â. The KL is 0 there, its least value: its gradient is 0.
+# Let the matrix F hold its second derivatives. For a small change d of theta (Taylor),
+#     L grows by about  g . d,    and the KL by about  d . F d / 2.
+# Which d with KL = delta is best? One from which no move along this surface raises g . d. Then g is
+# at right angles to the surface, as is F d, the gradient of d . F d / 2. So F d is a multiple of g:
+# if x, the natural gradient, solves F x = g, d is a multiple of x. As d . F d / 2 = delta,
+#     d = sqrt(2 delta / (x . F x)) x.
 def jacobian_vector_product(policy, activations, vector):
-    """J v [B, K]: how fast the logits change when theta moves along v [P] (J: their derivatives by
-    theta). These are the lines of `forward`, differentiated; d_x is the change of x."""
+    """J v [B, K], J = dz/dtheta: how fast the logits z change as theta moves along v [P]. The parts
+    of v are changes of W1, b1, W2, b2. Each line of `forward` is differentiated."""
     _, _, W2, _ = unflatten(policy.theta, policy.sizes)
     d_W1, d_b1, d_W2, d_b2 = unflatten(vector, policy.sizes)
     inputs, hidden = activations
@@ -281,25 +284,25 @@ def jacobian_vector_product(policy, activations, vector):
 
 
 def fisher_vector_product(policy, activations, probs, vector):
-    """F v [P], mean over the states: F, the Fisher matrix, is the KL's second derivative by theta.
-    For one state, with logits z, J = dz/dtheta and p = pi(.|s; theta):
-        dKL/dz = p - p_old,   dp/dz = diag(p) - p p^T   (p_k (1 - p_k) if j = k, else -p_k p_j)
-        dKL/dtheta = J^T (p - p_old);  its derivative is J^T (diag(p) - p p^T) J + dJ^T (p - p_old)
-    At theta_old, p = p_old ends the last term. F has P^2 entries; F v is as cheap as a gradient.
-    """
+    """F v [P]. F, the Fisher matrix, holds the second derivatives by theta of the mean KL.
+    For one state, with logits z, p = pi(.|s; theta) and J = dz/dtheta [K, P]:
+        dKL/dz = p - p_old,    so that  dKL/dtheta = J^T (p - p_old).
+    Its derivative has two terms. One has the factor p - p_old, 0 at theta_old. The other is
+    J^T dp/dtheta, where dp/dtheta = dp/dz J = (diag(p) - p p^T) J. So
+        F = J^T (diag(p) - p p^T) J    (P^2 entries; F v costs about as much as a gradient)."""
     d_logits = jacobian_vector_product(policy, activations, vector)  # J v
     mean = (probs * d_logits).sum(axis=1, keepdims=True)  # p^T J v
     d_probs = probs * (d_logits - mean)  # (diag(p) - p p^T) J v
-    return backward(policy, activations, d_probs / len(probs))  # times J^T; mean over the batch
+    return backward(policy, activations, d_probs / len(probs))  # times J^T: from z to theta
 
 
 def conjugate_gradient(product, b, iterations):
-    """Solve M x = b from product(v) = M v alone (M symmetric, v . M v > 0): `iterations` steps,
-    or fewer, once the residual r = b - M x is no longer than 1e-5 of b (at once for b = 0).
-    Climb f(x) = b . x - (x . M x) / 2, whose gradient is r: at its top, M x = b. alpha goes to the
-    highest point along direction d: there r_new . d = 0. beta bends the next direction, r_new +
-    beta d, so that its product with M d is 0: a move along it keeps the slope along d at 0 and, as
-    can be shown, all earlier ones (Nocedal & Wright 2006, Algorithm 5.2: these alpha and beta)."""
+    """Solve M x = b from product(v) = M v alone; M is symmetric, v . M v > 0. At most `iterations`
+    products, none once the residual r = b - M x is at most 1e-5 as long as b (at once if b = 0).
+    This is linear algebra, derived in Nocedal & Wright 2006, section 5.1: x is the top of a hill,
+    f(x) = b . x - x . M x / 2, whose gradient is r. alpha leads to the highest point along a
+    direction; beta turns the next direction such that this climb is not undone. After P products
+    one is at the top, but for rounding; a few come close."""
     x = np.zeros_like(b)
     residual = b
     direction = b
@@ -318,27 +321,28 @@ def conjugate_gradient(product, b, iterations):
 
 
 def line_search(policy, full_step, batch, settings):
-    """Move theta by the first of full_step * backtrack_factor^n, n = 0 to max_backtracks, with a KL
-    of at most delta and a larger L. Return L's growth and n. If there is none, theta stays exactly
-    as it was, and L's growth is 0. (Without settings.line_search the first is taken as it is.)"""
+    """full_step rests on approximations. Here KL and L are measured: change theta by the first of
+    full_step * backtrack_factor^n, n = 0 to max_backtracks, with KL <= delta and a larger L. Return
+    L's growth, and n. If there is none, theta stays exactly as it was, and L's growth is 0.
+    (Without settings.line_search, take the first as it is.)"""
     theta_old = policy.theta
-    rows = np.arange(len(batch.actions))
+    of_actions = np.arange(len(batch.actions)), batch.actions  # in each row the action taken
     for backtracks in range(settings.max_backtracks + 1):
         policy.theta = theta_old + settings.backtrack_factor**backtracks * full_step
         logits, _ = forward(policy, batch.states)
         log_probs = log_softmax(logits)
-        log_ratio = log_probs[rows, batch.actions] - batch.log_probs_old[rows, batch.actions]
-        gain = float((batch.advantages * (np.exp(log_ratio) - 1)).mean())  # L - L(theta_old)
-        good = gain > 0 and kl(batch.log_probs_old, log_probs) <= settings.delta
-        if good or not settings.line_search:
+        ratio = np.exp(log_probs[of_actions] - batch.log_probs_old[of_actions])
+        gain = float((batch.advantages * (ratio - 1)).mean())  # L - L(theta_old)
+        accepted = gain > 0 and kl(batch.log_probs_old, log_probs) <= settings.delta
+        if accepted or not settings.line_search:
             return {"surrogate_gain": gain, "backtracks": backtracks}
     policy.theta = theta_old
     return {"surrogate_gain": 0.0, "backtracks": settings.max_backtracks}
 
 
-def update_policy(policy, batch, settings, remaining, rng):
-    """The step c x, then the line search. Along directions v with F v near 0, x would be huge, the
-    model wrong: F + damping I stands for F, in c as well, so the KL is mostly less than delta."""
+def update_policy(policy, batch, settings, decay, rng):
+    """Direction, length, line search. If F v is near 0, the step along v would be huge, and Taylor
+    wrong. So F + damping I replaces F. It overrates the KL, which is then mostly below delta."""
     _, activations = forward(policy, batch.states)
     g = policy_gradient(policy, activations, batch.log_probs_old, batch.actions, batch.advantages)
     probs = np.exp(batch.log_probs_old)
@@ -348,7 +352,7 @@ def update_policy(policy, batch, settings, remaining, rng):
 
     x = conjugate_gradient(damped_product, g, settings.cg_iterations)
     curvature = x @ damped_product(x)
-    if curvature <= 0:  # no gradient, no step
+    if curvature <= 0:  # no gradient, no change
         return {"surrogate_gain": 0.0, "backtracks": 0}
     full_step = np.sqrt(2 * settings.delta / curvature) * x
     return line_search(policy, full_step, batch, settings)
@@ -364,7 +368,7 @@ def initial_policy(settings):
 
 
 def train(settings, policy):
-    """Generator: each `next` updates the policy in place. FloatingPointError if it isn't finite."""
+    """Generator: each `next` updates `policy`, and yields the figures of that update."""
     start = time.perf_counter()
     rng = np.random.default_rng([settings.seed, 1])  # stream 0 made the policy, 2 evaluates
     value = Network((*policy.sizes[:2], 1), 1.0, rng)  # sizes (D, H, 1)
@@ -372,23 +376,21 @@ def train(settings, policy):
     steps = 0
     update = 0
     while steps < settings.steps:
-        remaining = 1 - steps / settings.steps  # factor of Adam's learning rates: from 1 towards 0
+        decay = 1 - steps / settings.steps  # lowers Adam's learning rates, from 1 to 0
         batch = collect(experience, policy, value, settings, rng)
         theta_old = policy.theta.copy()
-        own_figures = update_policy(policy, batch, settings, remaining, rng)
-        fit_value(value, batch, settings, remaining, rng)
+        own_figures = update_policy(policy, batch, settings, decay, rng)
+        fit_value(value, batch, settings, decay, rng)
         update += 1
         steps += len(batch.actions)
         row = {"update": update, "steps": steps} | report(policy, theta_old, batch, experience)
-        row["seconds"] = time.perf_counter() - start
         if not np.isfinite([policy.theta.sum(), value.theta.sum(), row["kl"]]).all():
-            raise FloatingPointError(f"update {update} is no longer finite: smaller steps may help")
-        yield row | own_figures
+            raise FloatingPointError(f"update {update} is no longer finite: use smaller steps")
+        yield row | {"seconds": time.perf_counter() - start} | own_figures
 
 
 def report(policy, theta_old, batch, experience):
-    """What to print: kl and step_norm of the update; entropy, explained_variance from before it;
-    episode_return, the mean of the last 100 finished episodes (nan if there are none)."""
+    """Figures of an update; explained_variance: how well V predicted the targets before its fit."""
     logits, _ = forward(policy, batch.states)
     variance = float(batch.targets.var())
     unexplained = float((batch.targets - batch.values).var())  # V off by a constant is not seen
@@ -396,8 +398,9 @@ def report(policy, theta_old, batch, experience):
         "episodes": len(experience.finished_returns),
         "episode_return": float(np.mean(experience.finished_returns[-100:] or [np.nan])),
         "kl": kl(batch.log_probs_old, log_softmax(logits)),  # from the old policy to the new one
+        # Of the old policy: log K if it is undecided, 0 if it is certain.
         "entropy": -float((np.exp(batch.log_probs_old) * batch.log_probs_old).sum(axis=1).mean()),
-        "step_norm": float(np.linalg.norm(policy.theta - theta_old)),
+        "step_norm": float(np.linalg.norm(policy.theta - theta_old)),  # how far theta has moved
         "explained_variance": 1 - unexplained / variance if variance > 0 else 0.0,
     }
 
@@ -433,10 +436,10 @@ def parse(argv=None):
 
 def main():
     settings = parse()
-    np.seterr(all="ignore")  # `train` checks that its results are finite
+    np.seterr(all="ignore")  # no warnings of overflow: `train` stops if a result is not finite
     policy = initial_policy(settings)
     env = make_env(settings, 100)
-    threshold = env.spec.reward_threshold or np.inf  # of the mean return; some have none
+    threshold = np.inf if env.spec.reward_threshold is None else env.spec.reward_threshold
     solved = "never"
     print("   steps  episode_return        kl  step_norm  entropy  seconds")
     line = "{steps:8}{episode_return:16.1f}{kl:10.2g}{step_norm:11.2g}{entropy:9.3f}{seconds:9.1f}"
@@ -458,7 +461,5 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except FloatingPointError as error:
-        raise SystemExit(str(error))
-    except KeyboardInterrupt:
-        raise SystemExit(130)  # 128 + 2, the number of the signal
+    except (FloatingPointError, KeyboardInterrupt) as error:
+        raise SystemExit(str(error) or 130)  # Ctrl-C has no message; its usual status is 130

@@ -1,38 +1,37 @@
 """Vanilla policy gradient (VPG): try actions, then make those that went well more likely.
 
-A policy pi(a|s; theta) gives each action a in each state s a probability; theta are the weights of
-a neural network. From actions that it took, and the rewards that followed, one estimates how the
-return r_t + gamma r_{t+1} + ... depends on theta (Sutton & Barto 2018, sections 13.1 to 13.5):
+A policy pi(a|s; theta) is a neural network with weights theta. For a state s it gives each action a
+a probability. Wanted is the theta with the largest expected return; the return is the sum of an
+episode's rewards, discounted: r_0 + gamma r_1 + gamma^2 r_2 + ...
 
-    g  =  mean over the steps of a batch of  A(s, a) * gradient of log pi(a|s; theta)
+V(s) is the expected return from state s on, with this policy. A(s, a), the advantage, is how much
+more it is if action a comes first. The policy gradient theorem (Sutton & Barto 2018, section 13.2)
+says: but for a positive factor, the gradient of the expected return is the mean, over the states
+and actions that the policy meets, of A(s, a) * gradient of log pi(a|s; theta). It is estimated by
 
-This is REINFORCE with the advantage A, return minus V(s), in place of the return; V, a second
-network, predicts returns. Subtracting V(s) makes g less noisy, and leaves its mean as it is, since
-sum_a pi * gradient of log pi = gradient of sum_a pi = gradient of 1 = 0. V also stands in for later
-rewards (see `gae`): still less noise, but wrong as far as V is. (Strictly, step t of an episode
-counts gamma^t; as is usual, this is left out.)
+    g  =  mean over a batch of played steps of  Â * gradient of log pi(a|s; theta),
 
-    repeat:  play a batch of steps with the policy                     (section 4)
-             estimate A; set targets for V, A + V; then normalize A    (section 5)
-             theta <- theta + a step along g, by Adam                  (sections 6 and 2)
-             fit V to its targets                                      (section 5)
-g holds only for the policy that played: after one step a new batch is due. (V's targets serve for
-several.) Steps of equal length, step_norm in the output, can change pi hardly or completely (kl).
-Run:  python vpg.py        Options:  python vpg.py --help
+where Â, an estimate of A, is about the return that followed minus V(s). (REINFORCE has the return
+alone.) V(s) is a baseline: it makes g less noisy, but does not change its mean, as it is the same
+for all actions:  sum_a pi * V * gradient of log pi  =  V * gradient of sum_a pi  =  V * 0.
+V is a second network. It also stands in for rewards that the batch does not hold (section 5). As is
+usual, g leaves out a factor gamma^t for step t of an episode.
+
+    repeat:  play a batch of steps with the policy                  (section 4)
+             estimate the advantages Â; set targets for V, Â + V    (section 5)
+             change theta once, by Adam, with g                     (sections 6, 3 and 2)
+             fit V to its targets                                   (section 5)
+Only one change for each batch, as g is right only for the policy that played it.
+Run:  python vpg.py    Options:  python vpg.py --help
 """
 
-import os
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # for speed: one thread suits small arrays
-import numpy as np
-
-np.empty(2**21)  # for speed only: from here on Linux's malloc keeps freed memory for later
 import time
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, BooleanOptionalAction
 from dataclasses import dataclass, field, fields
 from types import SimpleNamespace
 
 import gymnasium as gym
+import numpy as np
 
 
 # --- 1. Settings ----------------------------------------------------------------------------------
@@ -46,7 +45,7 @@ class Settings:
     seed: int = option(0, "seed of all random numbers", 0)
     steps: int = option(150_000, "environment steps to train for (the last batch is completed)", 1)
     num_envs: int = option(16, "environments that run side by side", 1)
-    horizon: int = option(48, "steps of each environment in a batch, with those that reset", 2)
+    horizon: int = option(48, "calls of step in a batch, for each environment", 2)
     gamma: float = option(0.99, "discount factor", 0, 1)
     gae_lambda: float = option(0.99, "lambda of `gae`: 0 relies on V, 1 on the rewards", 0, 1)
     hidden: int = option(64, "units in the hidden layer", 1)
@@ -54,7 +53,6 @@ class Settings:
     value_epochs: int = option(4, "passes over each batch to fit V", 0)
     minibatches: int = option(4, "parts into which each pass splits the batch", 1)
     watch: bool = option(False, "in the end, show the policy in a window")
-    # The update of the policy (section 6):
     learning_rate: float = option(2.4e-2, "Adam's for the policy; falls to 0", 0, 1000)
 
     def __post_init__(self):
@@ -72,14 +70,13 @@ class Network:
     def __init__(self, sizes, last_gain, rng):
         """A layer with tanh, then a linear one. All parameters are one vector, theta."""
         D, H, K = sizes
-        # A sum of n random numbers around 0 is about sqrt(n) times as large as one: divide by it.
-        W1 = rng.standard_normal((D, H)) / np.sqrt(D)
-        W2 = rng.standard_normal((H, K)) / np.sqrt(H) * last_gain  # if small, so are the outputs
+        W1 = rng.standard_normal((D, H)) / np.sqrt(D)  # so that a sum of D terms is about 1 in size
+        W2 = rng.standard_normal((H, K)) / np.sqrt(H) * last_gain  # small gain, small outputs
         parts = [W1.ravel(), np.zeros(H), W2.ravel(), np.zeros(K)]  # the order of `unflatten`
         self.theta = np.concatenate(parts).astype(np.float32)  # [P]
         self.sizes = sizes
-        self.adam_mean = np.zeros_like(self.theta)  # what `adam` remembers from step to step
-        self.adam_mean_square = np.zeros_like(self.theta)
+        self.adam_m = np.zeros_like(self.theta)  # what `adam` remembers from step to step
+        self.adam_v = np.zeros_like(self.theta)
         self.adam_steps = 0
 
 
@@ -100,53 +97,57 @@ def forward(network, inputs):
 
 
 def backward(network, activations, grad_outputs):
-    """The chain rule: an objective's derivatives by theta [P] from those by the outputs [B, K]."""
+    """The chain rule: derivatives of an objective, by the outputs [B, K] in, by theta [P] out."""
     _, _, W2, _ = unflatten(network.theta, network.sizes)
     inputs, hidden = activations
-    grad_hidden = grad_outputs @ W2.T  # [B, K] -> [B, H]
+    # As outputs[b, k] = sum_h hidden[b, h] * W2[h, k] + b2[k]:
+    grad_b2 = grad_outputs.sum(axis=0)  # [K], entries sum_b grad_outputs[b, k]
+    grad_W2 = hidden.T @ grad_outputs  # [H, K], sum_b hidden[b, h] * grad_outputs[b, k]
+    grad_hidden = grad_outputs @ W2.T  # [B, H], sum_k grad_outputs[b, k] * W2[h, k]
     grad_before_tanh = grad_hidden * (1 - hidden**2)  # [B, H], as tanh' = 1 - tanh^2
-    grad_layer1 = [inputs.T @ grad_before_tanh, grad_before_tanh.sum(axis=0)]  # W1, b1
-    grad_layer2 = [hidden.T @ grad_outputs, grad_outputs.sum(axis=0)]  # W2, b2
-    return np.concatenate([grad.ravel() for grad in [*grad_layer1, *grad_layer2]])
+    grad_b1 = grad_before_tanh.sum(axis=0)  # [H]
+    grad_W1 = inputs.T @ grad_before_tanh  # [D, H]
+    return np.concatenate([grad_W1.ravel(), grad_b1, grad_W2.ravel(), grad_b2])
 
 
 def adam(network, gradient, learning_rate):
-    """Move theta uphill by learning_rate * m / sqrt(v): m is a fading mean of the gradient, v of
-    its square (Kingma & Ba 2015, algorithm 1). For a steady gradient, m / sqrt(v) is 1 or -1."""
+    """One step uphill (Kingma & Ba 2015, algorithm 1): the mean of recent gradients, divided by the
+    root of their mean square. If they are steady this is about 1 or -1, whatever their size."""
     network.adam_steps += 1
-    network.adam_mean = 0.9 * network.adam_mean + 0.1 * gradient
-    network.adam_mean_square = 0.999 * network.adam_mean_square + 0.001 * gradient**2
-    m = network.adam_mean / (1 - 0.9**network.adam_steps)  # it began at 0: its weights sum to this
-    v = network.adam_mean_square / (1 - 0.999**network.adam_steps)
+    network.adam_m = 0.9 * network.adam_m + 0.1 * gradient
+    network.adam_v = 0.999 * network.adam_v + 0.001 * gradient**2
+    # Both began at 0. The factors of the gradients, 0.1 * 0.9^k, add up to 1 - 0.9^steps: divide.
+    m = network.adam_m / (1 - 0.9**network.adam_steps)
+    v = network.adam_v / (1 - 0.999**network.adam_steps)
     network.theta = network.theta + learning_rate * m / (np.sqrt(v) + 1e-8)  # 1e-8: never 0 / 0
 
 
 # --- 3. Policy ------------------------------------------------------------------------------------
 def log_softmax(logits):
     """log pi [B, K] of a policy's outputs z, the logits: pi(a|s) = exp(z_a) / sum_j exp(z_j)."""
-    log_sum = np.logaddexp.reduce(logits, axis=1, keepdims=True)  # log sum_j exp(z_j), no overflow
-    return logits - log_sum
+    return logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)  # exp alone might overflow
 
 
 def sample_actions(policy, states, rng):
-    """An action for each state: action a owns pi(a|s) of the line from 0 to 1; a point picks."""
+    """Draw an action for each state. Cut the line from 0 to 1 into parts, one for each action, as
+    long as its probability; pick a random point on the line. Its part is the action."""
     logits, _ = forward(policy, states)
-    ends = np.exp(log_softmax(logits)).cumsum(axis=1)  # [N, K], where the parts end
+    ends = np.exp(log_softmax(logits)).cumsum(axis=1)  # [N, K], where parts end; the last: at 1
     points = rng.random((len(states), 1))
-    return (points > ends[:, :-1]).sum(axis=1)  # how many ends lie before the point: its part
+    return (points > ends[:, :-1]).sum(axis=1)  # so many parts end before the point
 
 
 def kl(log_probs_old, log_probs_new):
-    """How far pi_new is from pi_old: 0 if they are equal, else positive (and not symmetric). The
-    Kullback-Leibler divergence sum_a pi_old log(pi_old / pi_new), mean over states, in nats."""
-    per_state = (np.exp(log_probs_old) * (log_probs_old - log_probs_new)).sum(axis=1)  # [B]
-    return float(per_state.mean())
+    """Kullback-Leibler divergence: how far pi_new is from pi_old, in nats, mean over the states.
+    In a state it is sum_a pi_old log(pi_old / pi_new): 0 if the two are equal, else positive."""
+    return float((np.exp(log_probs_old) * (log_probs_old - log_probs_new)).sum(axis=1).mean())
 
 
 def policy_gradient(policy, activations, log_probs, actions, coefficients):
-    """Gradient by theta [P] of the mean over the batch of coefficient (held fixed) * log pi(a|s).
-    With logits z, log pi(a|s) = z_a - log sum_j exp(z_j). Its derivative by z_k is
-    (1 if k = a, else 0) - exp(z_k) / sum_j exp(z_j), which is onehot(a)_k - pi(k|s)."""
+    """Gradient, with respect to theta [P], of  mean over the batch of coefficient * log pi(a|s).
+    The coefficients [B] are held fixed: in VPG and TRPO they are Â, and this is g. With logits z,
+    log pi(a|s) = z_a - log sum_j exp(z_j). So d log pi(a|s) / dz_k is
+    (1 if k = a, else 0) - exp(z_k) / sum_j exp(z_j): as a vector, onehot(a) - pi."""
     onehot = np.zeros_like(log_probs)  # [B, K]
     onehot[np.arange(len(actions)), actions] = 1  # in row i the column actions[i]
     grad_log_prob = onehot - np.exp(log_probs)  # [B, K]
@@ -164,19 +165,18 @@ def make_env(settings, num_envs, **options):
     space = env.single_action_space
     if not isinstance(space, gym.spaces.Discrete) or space.start != 0:
         raise ValueError(f"env must have Discrete actions from 0 on, not {space}")
-    reset_mode = env.metadata.get("autoreset_mode")  # not listed in Gymnasium 1.0
-    if reset_mode is not None and reset_mode.name != "NEXT_STEP":
+    if "NEXT_STEP" not in str(env.metadata.get("autoreset_mode", "NEXT_STEP")):  # see Experience
         raise ValueError("env must reset one step late (autoreset mode NEXT_STEP)")
     return env
 
 
 class Experience:
     """Environments side by side, whose episodes go on from one batch to the next.
-    They reset one step late. If the step in row t ends an episode, and s' is its last state:
-        row t      state s     action taken      leads to s', terminated or truncated
-        row t + 1  state s'    action ignored    leads to a new episode's first state: resetting
-    Row t + 1 shows s', whose value `gae` needs for row t. Its action does nothing, so that nothing
-    can be learned from it: `collect` drops the row."""
+    If a step ends an episode, Gymnasium returns its last state, s'. Only the next step begins a new
+    one, and ignores the action. Between two episodes there is thus a row that is no real step:
+        row t      state s   action taken    leads to s': terminated, or truncated by a time limit
+        row t + 1  state s'  action ignored  leads to a new episode's first state: resetting
+    `gae` needs its V(s') for row t; then `collect` drops it."""
 
     def __init__(self, settings, rng):
         self.env = make_env(settings, settings.num_envs)
@@ -186,8 +186,7 @@ class Experience:
         self.finished_returns = []
 
     def play(self, policy, horizon, rng):
-        """T = horizon steps. Returns six arrays: states [T, N, D], actions, rewards, terminated
-        (the episode is over), truncated (a time limit cut it short), resetting [T, N]."""
+        """T rows: states [T, N, D]; actions, rewards, terminated, truncated, resetting [T, N]."""
         rows = []
         for _ in range(horizon):
             states = self.states
@@ -198,74 +197,76 @@ class Experience:
             ended = terminated | truncated
             self.finished_returns.extend(self.running_returns[ended])
             self.running_returns[ended] = 0
-            self.resetting = ended  # the next step only resets these
-        return [np.array(column) for column in zip(*rows)]  # all states, all actions, ...
+            self.resetting = ended
+        return [np.array(column) for column in zip(*rows)]  # from T rows of 6 to 6 arrays of T
 
 
 # --- 5. Values and advantages ---------------------------------------------------------------------
-# V(s), a network, predicts the discounted return r_t + gamma r_{t+1} + gamma^2 r_{t+2} + ...
 def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
-    """Generalized advantage estimation [T, N] (Schulman et al. 2016, section 3). values [T + 1, N].
-    delta_t = r_t + gamma V(s_{t+1}) - V(s_t); if V is exact, its mean is A(s_t, a_t)
-    A_t     = delta_t + gamma lambda delta_{t+1} + ... = delta_t + gamma lambda A_{t+1}
-    V(s_{t+1}) counts as 0 after `terminated`; the sum ends after `terminated` and `truncated`.
-    lambda = 1: every V in between cancels, A_t = r_t + gamma r_{t+1} + ... + gamma^n V(s_{t+n}) -
-    V(s_t), with s_{t+n} at the end of the episode or batch: noisy, and wrong as far as that V is.
-    lambda = 0: A_t = delta_t: less noisy, but wrong as far as V(s_{t+1}) is, at every step."""
-    # values[t + 1] is V of the state that step t led to, of s' at an episode's end. A terminated
-    # episode earns no more. A truncated one would have earned about V more.
-    next_values = np.where(terminated, 0, values[1:])
-    deltas = rewards + gamma * next_values - values[:-1]
-    ended = terminated | truncated  # the next row resets: its A is no part of this one
-    advantages = np.zeros_like(values)  # [T + 1, N]; the last row stays 0: there V is trusted
-    for t in reversed(range(len(deltas))):
-        following = np.where(ended[t], 0, advantages[t + 1])
-        advantages[t] = deltas[t] + gamma * gae_lambda * following
+    """Generalized advantage estimation (Schulman et al. 2016): Â [T, N]. values [T + 1, N] are V of
+    the states played and of those the last row led to. The temporal-difference (TD) error
+        td_error_t = r_t + gamma V(s_{t+1}) - V(s_t)
+    says how much better a step went than V had predicted. If V were right, its mean would be A. But
+    V is an estimate. How much V(s_{t+1}) was too low, the next TD error says: so it is added, too.
+        Â_t = td_error_t + gamma lambda td_error_{t+1} + (gamma lambda)^2 td_error_{t+2} + ...
+    ends with the episode or the batch. If lambda = 1, V cancels in between: the first two make
+        r_t + gamma r_{t+1} + gamma^2 V(s_{t+2}) - V(s_t),
+    all make the rewards that followed, plus V where they were cut off, minus V(s_t): noisy. If
+    lambda = 0, only the first is left: less noise, but a wrong V(s_{t+1}) misleads it."""
+    # Terminated: nothing more is earned. Truncated: about V(s') more would have been earned.
+    next_values = np.where(terminated, 0, values[1:])  # at an episode's end row t + 1 shows s'
+    td_errors = rewards + gamma * next_values - values[:-1]
+    ended = terminated | truncated
+    advantages = np.zeros_like(values)  # the last row stays 0: no TD error follows the batch
+    for t in reversed(range(len(rewards))):
+        following = np.where(ended[t], 0, advantages[t + 1])  # row t + 1 only resets: not used
+        advantages[t] = td_errors[t] + gamma * gae_lambda * following
     return advantages[:-1]
 
 
 def collect(experience, policy, value, settings, rng):
-    """Play, and return what an update needs by name, one row for each real step."""
+    """Play, and return a batch: what an update needs, with one row for each real step, [B]."""
     columns = experience.play(policy, settings.horizon, rng)
     states, actions, rewards, terminated, truncated, resetting = columns
-    all_states = np.concatenate([states, experience.states[None]], dtype=np.float32)
+    all_states = np.concatenate([states, [experience.states]], dtype=np.float32)  # [T + 1, N, D]
     outputs, _ = forward(value, all_states)  # [T + 1, N, 1]
     values = outputs[..., 0]
     advantages = gae(rewards, values, terminated, truncated, settings.gamma, settings.gae_lambda)
-    targets = advantages + values[:-1]  # for V: as A estimates return - V, they estimate the return
-    real = ~resetting  # as an index it takes the steps that are True, in one row: [T, N] -> [B]
-    logits, _ = forward(policy, all_states[:-1][real])
-    # Usual, though no theory asks for it: minus the mean, which acts much like a baseline; divided
-    # by the spread. (The scale of A alone hardly changes a step of Adam's, and not at all TRPO's.)
-    normalized = (advantages - advantages[real].mean()) / (advantages[real].std() + 1e-8)
-    return SimpleNamespace(
-        states=all_states[:-1][real],  # [B, D]
-        actions=actions[real],  # [B]
-        log_probs_old=log_softmax(logits),  # [B, K], of all actions, from the policy that played
-        advantages=normalized[real],  # [B], normalized
-        values=values[:-1][real],  # [B], V before it is fitted, for `report`
-        targets=targets[real],  # [B], from advantages before they were normalized
-    )
+    targets = advantages + values[:-1]  # Â is what happened minus V: this is what happened
+    real = ~resetting  # as an index it takes the rows that are True: [T, N] -> [B]
+    batch = SimpleNamespace()
+    batch.states = all_states[:-1][real]  # [B, D]
+    batch.actions = actions[real]
+    batch.values = values[:-1][real]  # V before it is fitted, for `report`
+    batch.targets = targets[real]
+    advantages = advantages[real]
+    # Usual, though no theory asks for it: minus the mean, which is one more baseline; divided by
+    # the standard deviation, so that they have the same unit in each batch.
+    batch.advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    logits, _ = forward(policy, batch.states)  # as they were when it played
+    batch.log_probs_old = log_softmax(logits)  # [B, K]
+    return batch
 
 
-def fit_value(value, batch, settings, remaining, rng):
-    """Bring V closer to the targets, several times: uphill on the mean of -(target - V)^2 / 2."""
+def fit_value(value, batch, settings, decay, rng):
+    """Bring V closer to the targets, in small steps: uphill on the mean of -(target - V)^2 / 2."""
     for _ in range(settings.value_epochs):
         order = rng.permutation(len(batch.targets))
-        for rows in np.array_split(order, settings.minibatches):
-            outputs, activations = forward(value, batch.states[rows])  # [B, 1]
-            errors = batch.targets[rows, None] - outputs  # [B, 1], the derivative by V
-            gradient = backward(value, activations, errors / len(rows))
-            adam(value, gradient, remaining * settings.value_learning_rate)
+        for chosen in np.array_split(order, settings.minibatches):
+            outputs, activations = forward(value, batch.states[chosen])  # [b, 1], of a minibatch
+            errors = batch.targets[chosen, None] - outputs  # the derivative by V, targets fixed
+            gradient = backward(value, activations, errors / len(chosen))
+            adam(value, gradient, decay * settings.value_learning_rate)
 
 
 # --- 6. The update --------------------------------------------------------------------------------
-def update_policy(policy, batch, settings, remaining, rng):
-    """One step of Adam with the gradient g. Until that step, theta is still the one that played: so
-    log_probs_old are the current ones. (TRPO and PPO, in its place, use rng and return figures.)"""
+# The three scripts differ only here, in their own settings, and in the docstring at the top.
+def update_policy(policy, batch, settings, decay, rng):
+    """Change theta once, by Adam. The policy is still the one that played, with log_probs_old.
+    (TRPO and PPO return figures of their own here, and PPO uses rng.)"""
     _, activations = forward(policy, batch.states)
     g = policy_gradient(policy, activations, batch.log_probs_old, batch.actions, batch.advantages)
-    adam(policy, g, remaining * settings.learning_rate)
+    adam(policy, g, decay * settings.learning_rate)
     return {}
 
 
@@ -279,7 +280,7 @@ def initial_policy(settings):
 
 
 def train(settings, policy):
-    """Generator: each `next` updates the policy in place. FloatingPointError if it isn't finite."""
+    """Generator: each `next` updates `policy`, and yields the figures of that update."""
     start = time.perf_counter()
     rng = np.random.default_rng([settings.seed, 1])  # stream 0 made the policy, 2 evaluates
     value = Network((*policy.sizes[:2], 1), 1.0, rng)  # sizes (D, H, 1)
@@ -287,23 +288,21 @@ def train(settings, policy):
     steps = 0
     update = 0
     while steps < settings.steps:
-        remaining = 1 - steps / settings.steps  # factor of Adam's learning rates: from 1 towards 0
+        decay = 1 - steps / settings.steps  # lowers Adam's learning rates, from 1 to 0
         batch = collect(experience, policy, value, settings, rng)
         theta_old = policy.theta.copy()
-        own_figures = update_policy(policy, batch, settings, remaining, rng)
-        fit_value(value, batch, settings, remaining, rng)
+        own_figures = update_policy(policy, batch, settings, decay, rng)
+        fit_value(value, batch, settings, decay, rng)
         update += 1
         steps += len(batch.actions)
         row = {"update": update, "steps": steps} | report(policy, theta_old, batch, experience)
-        row["seconds"] = time.perf_counter() - start
         if not np.isfinite([policy.theta.sum(), value.theta.sum(), row["kl"]]).all():
-            raise FloatingPointError(f"update {update} is no longer finite: smaller steps may help")
-        yield row | own_figures
+            raise FloatingPointError(f"update {update} is no longer finite: use smaller steps")
+        yield row | {"seconds": time.perf_counter() - start} | own_figures
 
 
 def report(policy, theta_old, batch, experience):
-    """What to print: kl and step_norm of the update; entropy, explained_variance from before it;
-    episode_return, the mean of the last 100 finished episodes (nan if there are none)."""
+    """Figures of an update; explained_variance: how well V predicted the targets before its fit."""
     logits, _ = forward(policy, batch.states)
     variance = float(batch.targets.var())
     unexplained = float((batch.targets - batch.values).var())  # V off by a constant is not seen
@@ -311,8 +310,9 @@ def report(policy, theta_old, batch, experience):
         "episodes": len(experience.finished_returns),
         "episode_return": float(np.mean(experience.finished_returns[-100:] or [np.nan])),
         "kl": kl(batch.log_probs_old, log_softmax(logits)),  # from the old policy to the new one
+        # Of the old policy: log K if it is undecided, 0 if it is certain.
         "entropy": -float((np.exp(batch.log_probs_old) * batch.log_probs_old).sum(axis=1).mean()),
-        "step_norm": float(np.linalg.norm(policy.theta - theta_old)),
+        "step_norm": float(np.linalg.norm(policy.theta - theta_old)),  # how far theta has moved
         "explained_variance": 1 - unexplained / variance if variance > 0 else 0.0,
     }
 
@@ -348,10 +348,10 @@ def parse(argv=None):
 
 def main():
     settings = parse()
-    np.seterr(all="ignore")  # `train` checks that its results are finite
+    np.seterr(all="ignore")  # no warnings of overflow: `train` stops if a result is not finite
     policy = initial_policy(settings)
     env = make_env(settings, 100)
-    threshold = env.spec.reward_threshold or np.inf  # of the mean return; some have none
+    threshold = np.inf if env.spec.reward_threshold is None else env.spec.reward_threshold
     solved = "never"
     print("   steps  episode_return        kl  step_norm  entropy  seconds")
     line = "{steps:8}{episode_return:16.1f}{kl:10.2g}{step_norm:11.2g}{entropy:9.3f}{seconds:9.1f}"
@@ -373,7 +373,5 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except FloatingPointError as error:
-        raise SystemExit(str(error))
-    except KeyboardInterrupt:
-        raise SystemExit(130)  # 128 + 2, the number of the signal
+    except (FloatingPointError, KeyboardInterrupt) as error:
+        raise SystemExit(str(error) or 130)  # Ctrl-C has no message; its usual status is 130

@@ -5,7 +5,7 @@ PROMISE_SEEDS=20 pytest .ci/test_border.py -k promise    checks the promise in 2
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before NumPy, as in the scripts
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before NumPy
 import ast
 import copy
 import importlib.util
@@ -255,7 +255,7 @@ def test_parameters_stay_float32_whatever_the_observations(script):
     settings = script.parse([*SMALL, "--env=Doubles-v0"])
     policy = script.initial_policy(settings)
     train(script, settings, policy)
-    assert policy.theta.dtype == policy.adam_mean.dtype == np.float32
+    assert policy.theta.dtype == policy.adam_m.dtype == np.float32
 
 
 # --- Programs: seeds, interrupts, mistakes, imports -----------------------------------------------

@@ -26,16 +26,16 @@ FAULTS = [
     ("vpg", "gae", "np.where(terminated, 0,", "np.where(terminated | truncated, 0,"),
     # cleanrl 562: the resetting step of a vector environment learned from
     ("vpg", "collect", "real = ~resetting", "real = np.ones_like(resetting)"),
-    ("trpo", "gae", "ended = terminated | truncated  #", "ended = terminated  #"),
+    ("trpo", "gae", " | truncated\n    advantages", "\n    advantages"),
     # cleanrl 499: Gymnasium 1.0 resets one step later than before
     ("vpg", "collect", "self.resetting = ended", "self.resetting = ended & False"),
     # several: all advantages equal, or a zero gradient, divide by zero
     ("trpo", "conjugate", "if squared <= 1e-10", "if squared < 1e-10"),
     ("trpo", "update_policy", "if curvature <= 0:", "if curvature < 0:"),
     # several: GAE wrong in the batch's first or last row
-    ("trpo", "gae", "reversed(range(len(deltas)))", "reversed(range(1, len(deltas)))"),
-    ("vpg", "gae", "reversed(range(len(deltas)))", "reversed(range(len(deltas) - 1))"),
-    ("ppo", "gae", "    advantages = np.zeros", "    deltas[-1] = 0\n    advantages = np.zeros"),
+    ("trpo", "gae", "reversed(range(len(rewards)))", "reversed(range(1, len(rewards)))"),
+    ("vpg", "gae", "reversed(range(len(rewards)))", "reversed(range(len(rewards) - 1))"),
+    ("ppo", "gae", "    advantages = np.zeros", "    td_errors[-1] = 0\n    advantages = np.zeros"),
 ]  # fmt: skip
 
 
