@@ -439,7 +439,7 @@ def test_play_and_collect(script):
     assert (truncated == over[1:] & (length[1:] % 2 == 0)).all()
     ends = np.argwhere(over[1:])
     returns = [rewards[t + 1 - int(length[t, n]) : t + 1, n].sum() for t, n in ends]
-    expect("finished_returns", np.array(experience.finished_returns), returns)
+    expect("return_queue", np.array(experience.env.return_queue), returns)
     experience.play = lambda *_: columns
     value = script.Network((3, 5, 1), 1.0, rng)
     batch = script.collect(experience, policy, value, settings, rng)
@@ -534,20 +534,20 @@ def test_train_figures(script, monkeypatch):
         _, _, batch, experience = reports[-1]
         assert fits[-1][0].sizes == (3, 5, 1) and fits[-1][3] == 1 - steps / 900 > 0
         steps += len(batch.actions)
-        returns = experience.finished_returns
+        returns = experience.env.return_queue  # of the last 100
         old = batch.log_probs_old
         right = {
             "update": number,
             "steps": steps,
-            "episodes": len(returns),
-            "episode_return": np.mean(returns[-100:]),
+            "episodes": experience.env.episode_count,
+            "episode_return": np.mean(returns),
             "kl": (np.exp(old) * (old - log_probs_of(thetas[-1], batch.states))).sum(axis=1).mean(),
             "entropy": -(np.exp(old) * old).sum(axis=1).mean(),
             "step_norm": np.linalg.norm(thetas[-1] - thetas[-2]),
             "explained_variance": 1 - (batch.targets - batch.values).var() / batch.targets.var(),
         }
         assert {key: row[key] for key in right} == pytest.approx(right, rel=1e-3, abs=1e-6)
-    assert steps >= 900 and len(returns) > 100 and 0 < row["seconds"] < 60
+    assert steps >= 900 and row["episodes"] > len(returns) == 100 and 0 < row["seconds"] < 60
     batch.targets = 0 * batch.targets  # they do not vary: nothing is to be explained
     assert script.report(policy, policy.theta, batch, experience)["explained_variance"] == 0
 

@@ -1,21 +1,22 @@
 """Trust region policy optimization (TRPO): improve the policy, but change its probabilities little.
 
-pi_old, with the weights theta_old, played the batch. V(s) is its expected return, the sum of all
-gamma^t r_t, from state s on; A(s, a), the advantage, how much more it is if action a comes first.
-How good is another policy pi? Along an episode, gamma^t (r_t + gamma V(s_{t+1}) - V(s_t)) adds up
-to its return minus V(s_0), as V cancels in between; and the mean of r_t + gamma V(s_{t+1}) - V(s_t)
-is A(s_t, a_t). Hence, with the mean over pi's episodes,
+pi_old, with weights theta_old, played the batch. V(s) is the mean of its returns from state s on,
+r_0 + gamma r_1 + gamma^2 r_2 + ... A(s, a), the advantage, is how much more it is if action a comes
+first. How good is another policy pi? Along an episode that pi plays, the sum of gamma^t times
+(r_t + gamma V(s_{t+1}) - V(s_t)) is its return minus V(s_0): V cancels in between, and is 0 after
+the end. Given s_t and a_t, the bracket has the mean A(s_t, a_t). V(s_0) has the mean "expected
+return of pi_old". So, with the mean over pi's episodes,
 
     expected return of pi  =  expected return of pi_old  +  mean of sum_t gamma^t A(s_t, a_t)
 
 (equation 1 of the paper). But the batch is pi_old's. Its actions can be reweighted, by the ratio
-pi(a|s; theta) / pi(a|s; theta_old): sum_a pi A = sum_a pi_old * ratio * A. Its states are used as
-they are, which is nearly right if pi is near pi_old. So, with Â to estimate A (section 5),
+pi(a|s; theta) / pi(a|s; theta_old): in each state sum_a pi A = sum_a pi_old * ratio * A. Its states
+stay; this is nearly right if pi is near pi_old. Without gamma^t, as usual, and with an estimate Â:
 
     maximize    L(theta)  =  mean over the batch of  ratio * Â         (L: the surrogate)
     subject to  mean over its states of KL(pi_old || pi)  <=  delta    (this is the trust region)
 
-KL (section 3) compares probabilities: equal changes of theta can change them a lot or not at all.
+KL (section 3) is bounded, not the change of theta: equal ones can change pi a lot or not at all.
 
     repeat:  play a batch of steps with the policy                         (section 4)
              estimate the advantages Â; set targets for V, Â + V           (section 5)
@@ -44,11 +45,11 @@ class Settings:
     seed: int = option(0, "seed of all random numbers", 0)
     steps: int = option(150_000, "environment steps to train for (the last batch is completed)", 1)
     num_envs: int = option(16, "environments that run side by side", 1)
-    horizon: int = option(48, "calls of step in a batch, for each environment", 2)
+    horizon: int = option(48, "rows of each environment in a batch, resets included", 2)
     gamma: float = option(0.99, "discount factor", 0, 1)
     gae_lambda: float = option(0.99, "lambda of `gae`: 0 relies on V, 1 on the rewards", 0, 1)
     hidden: int = option(64, "units in the hidden layer", 1)
-    value_learning_rate: float = option(2e-2, "Adam's for V; falls to 0", 0, 1000)
+    value_learning_rate: float = option(2e-2, "learning rate of V; falls to 0", 0, 1000)
     value_epochs: int = option(4, "passes over each batch to fit V", 0)
     minibatches: int = option(4, "parts into which each pass splits the batch", 1)
     watch: bool = option(False, "in the end, show the policy in a window")
@@ -72,9 +73,9 @@ class Settings:
 # in a state, H hidden units, K outputs (of a policy: one per action), P parameters.
 class Network:
     def __init__(self, sizes, last_gain, rng):
-        """A layer with tanh, then a linear one. All parameters are one vector, theta."""
+        """The policy, or V: a tanh layer, a linear layer. All parameters are one vector, theta."""
         D, H, K = sizes
-        W1 = rng.standard_normal((D, H)) / np.sqrt(D)  # so that a sum of D terms is about 1 in size
+        W1 = rng.standard_normal((D, H)) / np.sqrt(D)  # a sum of D such terms is about 1
         W2 = rng.standard_normal((H, K)) / np.sqrt(H) * last_gain  # small gain, small outputs
         parts = [W1.ravel(), np.zeros(H), W2.ravel(), np.zeros(K)]  # the order of `unflatten`
         self.theta = np.concatenate(parts).astype(np.float32)  # [P]
@@ -87,8 +88,8 @@ class Network:
 def unflatten(vector, sizes):
     """Cut a vector [P] into weights and biases: W1 [D, H], b1 [H], W2 [H, K], b2 [K]."""
     D, H, K = sizes
-    layer1 = vector[: (D + 1) * H].reshape(D + 1, H)  # W1 [D, H] and b1 [H], one after the other
-    layer2 = vector[(D + 1) * H :].reshape(H + 1, K)
+    layer1 = vector[: (D + 1) * H].reshape(D + 1, H)  # the D rows of W1, then b1 as one more row
+    layer2 = vector[(D + 1) * H :].reshape(H + 1, K)  # the H rows of W2, then b2
     return layer1[:-1], layer1[-1], layer2[:-1], layer2[-1]
 
 
@@ -101,7 +102,7 @@ def forward(network, inputs):
 
 
 def backward(network, activations, grad_outputs):
-    """The chain rule: derivatives of an objective, by the outputs [B, K] in, by theta [P] out."""
+    """The chain rule: from derivatives with respect to outputs [B, K], to those by theta [P]."""
     _, _, W2, _ = unflatten(network.theta, network.sizes)
     inputs, hidden = activations
     # As outputs[b, k] = sum_h hidden[b, h] * W2[h, k] + b2[k]:
@@ -109,18 +110,19 @@ def backward(network, activations, grad_outputs):
     grad_W2 = hidden.T @ grad_outputs  # [H, K], sum_b hidden[b, h] * grad_outputs[b, k]
     grad_hidden = grad_outputs @ W2.T  # [B, H], sum_k grad_outputs[b, k] * W2[h, k]
     grad_before_tanh = grad_hidden * (1 - hidden**2)  # [B, H], as tanh' = 1 - tanh^2
-    grad_b1 = grad_before_tanh.sum(axis=0)  # [H]
-    grad_W1 = inputs.T @ grad_before_tanh  # [D, H]
+    grad_b1 = grad_before_tanh.sum(axis=0)  # [H], and W1 [D, H], likewise
+    grad_W1 = inputs.T @ grad_before_tanh
     return np.concatenate([grad_W1.ravel(), grad_b1, grad_W2.ravel(), grad_b2])
 
 
 def adam(network, gradient, learning_rate):
-    """One step uphill (Kingma & Ba 2015, algorithm 1): the mean of recent gradients, divided by the
-    root of their mean square. If they are steady this is about 1 or -1, whatever their size."""
+    """One step uphill (Kingma & Ba 2015, algorithm 1): each parameter moves by learning_rate if its
+    derivative has been steady, whatever its size, and by less if its sign has changed."""
     network.adam_steps += 1
     network.adam_m = 0.9 * network.adam_m + 0.1 * gradient
     network.adam_v = 0.999 * network.adam_v + 0.001 * gradient**2
-    # Both began at 0. The factors of the gradients, 0.1 * 0.9^k, add up to 1 - 0.9^steps: divide.
+    # In adam_m a gradient of k steps ago has the weight 0.1 * 0.9^k. These weights add up to
+    # 1 - 0.9^steps; dividing by this makes it a mean. Likewise adam_v, of the squares.
     m = network.adam_m / (1 - 0.9**network.adam_steps)
     v = network.adam_v / (1 - 0.999**network.adam_steps)
     network.theta = network.theta + learning_rate * m / (np.sqrt(v) + 1e-8)  # 1e-8: never 0 / 0
@@ -129,16 +131,16 @@ def adam(network, gradient, learning_rate):
 # --- 3. Policy ------------------------------------------------------------------------------------
 def log_softmax(logits):
     """log pi [B, K] of a policy's outputs z, the logits: pi(a|s) = exp(z_a) / sum_j exp(z_j)."""
-    return logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)  # exp alone might overflow
+    return logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)  # log sum_j exp(z_j)
 
 
 def sample_actions(policy, states, rng):
     """Draw an action for each state. Cut the line from 0 to 1 into parts, one for each action, as
     long as its probability; pick a random point on the line. Its part is the action."""
     logits, _ = forward(policy, states)
-    ends = np.exp(log_softmax(logits)).cumsum(axis=1)  # [N, K], where parts end; the last: at 1
+    ends = np.exp(log_softmax(logits)).cumsum(axis=1)  # [N, K], where the parts end
     points = rng.random((len(states), 1))
-    return (points > ends[:, :-1]).sum(axis=1)  # so many parts end before the point
+    return (points > ends[:, :-1]).sum(axis=1)  # so many end before the point (the last one at 1)
 
 
 def kl(log_probs_old, log_probs_new):
@@ -149,7 +151,7 @@ def kl(log_probs_old, log_probs_new):
 
 def policy_gradient(policy, activations, log_probs, actions, coefficients):
     """Gradient, with respect to theta [P], of  mean over the batch of coefficient * log pi(a|s).
-    The coefficients [B] are held fixed: in VPG and TRPO they are Â, and this is g. With logits z,
+    The coefficients [B] (such as Â) are numbers here; they are not differentiated. With logits z,
     log pi(a|s) = z_a - log sum_j exp(z_j). So d log pi(a|s) / dz_k is
     (1 if k = a, else 0) - exp(z_k) / sum_j exp(z_j): as a vector, onehot(a) - pi."""
     onehot = np.zeros_like(log_probs)  # [B, K]
@@ -176,54 +178,50 @@ def make_env(settings, num_envs, **options):
 
 class Experience:
     """Environments side by side, whose episodes go on from one batch to the next.
-    If a step ends an episode, Gymnasium returns its last state, s'. Only the next step begins a new
-    one, and ignores the action. Between two episodes there is thus a row that is no real step:
+    When a step ends an episode, Gymnasium returns its last state, s'. The next call of step plays
+    nothing: it ignores the action and returns the first state of a new episode. So there are rows
         row t      state s   action taken    leads to s': terminated, or truncated by a time limit
         row t + 1  state s'  action ignored  leads to a new episode's first state: resetting
-    `gae` needs its V(s') for row t; then `collect` drops it."""
+    Row t + 1 is no experience: `collect` drops it, once `gae` has used its V(s')."""
 
     def __init__(self, settings, rng):
-        self.env = make_env(settings, settings.num_envs)
+        env = make_env(settings, settings.num_envs)
+        self.env = gym.wrappers.vector.RecordEpisodeStatistics(env)  # for `report`
         self.states, _ = self.env.reset(seed=int(rng.integers(2**31)))  # [N, D]
         self.resetting = np.zeros(settings.num_envs, bool)
-        self.running_returns = np.zeros(settings.num_envs)  # sums of rewards, not discounted
-        self.finished_returns = []
 
     def play(self, policy, horizon, rng):
         """T rows: states [T, N, D]; actions, rewards, terminated, truncated, resetting [T, N]."""
         rows = []
         for _ in range(horizon):
             states = self.states
+            resetting = self.resetting
             actions = sample_actions(policy, states, rng)
             self.states, rewards, terminated, truncated, _ = self.env.step(actions)
-            rows.append((states, actions, rewards, terminated, truncated, self.resetting))
-            self.running_returns += np.where(self.resetting, 0, rewards)
-            ended = terminated | truncated
-            self.finished_returns.extend(self.running_returns[ended])
-            self.running_returns[ended] = 0
-            self.resetting = ended
+            self.resetting = terminated | truncated  # the next row resets these
+            rows.append((states, actions, rewards, terminated, truncated, resetting))
         return [np.array(column) for column in zip(*rows)]  # from T rows of 6 to 6 arrays of T
 
 
 # --- 5. Values and advantages ---------------------------------------------------------------------
 def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
-    """Generalized advantage estimation (Schulman et al. 2016): Â [T, N]. values [T + 1, N] are V of
-    the states played and of those the last row led to. The temporal-difference (TD) error
-        td_error_t = r_t + gamma V(s_{t+1}) - V(s_t)
-    says how much better a step went than V had predicted. If V were right, its mean would be A. But
-    V is an estimate. How much V(s_{t+1}) was too low, the next TD error says: so it is added, too.
+    """Generalized advantage estimation (Schulman et al. 2016): Â [T, N]. values [T + 1, N] estimate
+    V, of the states played and of those the last row led to. The temporal-difference (TD) error
+        td_error_t = r_t + gamma value(s_{t+1}) - value(s_t)
+    says how much better a step went than predicted. If value(s_{t+1}) is too low, so is td_error_t,
+    and the next one is too high: so later ones are added, to the end of the episode or batch:
         Â_t = td_error_t + gamma lambda td_error_{t+1} + (gamma lambda)^2 td_error_{t+2} + ...
-    ends with the episode or the batch. If lambda = 1, V cancels in between: the first two make
-        r_t + gamma r_{t+1} + gamma^2 V(s_{t+2}) - V(s_t),
-    all make the rewards that followed, plus V where they were cut off, minus V(s_t): noisy. If
-    lambda = 0, only the first is left: less noise, but a wrong V(s_{t+1}) misleads it."""
-    # Terminated: nothing more is earned. Truncated: about V(s') more would have been earned.
-    next_values = np.where(terminated, 0, values[1:])  # at an episode's end row t + 1 shows s'
+            = td_error_t + gamma lambda Â_{t+1}
+    If lambda = 1, value(s_{t+1}) and all later ones cancel. It leaves the discounted rewards, plus
+    the value where they were cut off, minus value(s_t): right, but noisy.
+    If lambda = 0, td_error_t is left: less noise, but wrong as far as value(s_{t+1}) is."""
+    # Terminated: nothing more is earned. Truncated: about value(s_{t+1}) more would have been.
+    next_values = np.where(terminated, 0, values[1:])  # row t + 1 holds where row t led
     td_errors = rewards + gamma * next_values - values[:-1]
     ended = terminated | truncated
-    advantages = np.zeros_like(values)  # the last row stays 0: no TD error follows the batch
+    advantages = np.zeros_like(values)  # [T + 1, N]; the last row stays 0
     for t in reversed(range(len(rewards))):
-        following = np.where(ended[t], 0, advantages[t + 1])  # row t + 1 only resets: not used
+        following = np.where(ended[t], 0, advantages[t + 1])  # a resetting row's Â is never used
         advantages[t] = td_errors[t] + gamma * gae_lambda * following
     return advantages[:-1]
 
@@ -236,7 +234,7 @@ def collect(experience, policy, value, settings, rng):
     outputs, _ = forward(value, all_states)  # [T + 1, N, 1]
     values = outputs[..., 0]
     advantages = gae(rewards, values, terminated, truncated, settings.gamma, settings.gae_lambda)
-    targets = advantages + values[:-1]  # Â is what happened minus V: this is what happened
+    targets = advantages + values[:-1]  # as Â estimates return - V, this estimates the return
     real = ~resetting  # as an index it takes the rows that are True: [T, N] -> [B]
     batch = SimpleNamespace()
     batch.states = all_states[:-1][real]  # [B, D]
@@ -244,34 +242,34 @@ def collect(experience, policy, value, settings, rng):
     batch.values = values[:-1][real]  # V before it is fitted, for `report`
     batch.targets = targets[real]
     advantages = advantages[real]
-    # Usual, though no theory asks for it: minus the mean, which is one more baseline; divided by
-    # the standard deviation, so that they have the same unit in each batch.
+    # Usual, though no theory asks for it: minus the mean, which acts as one more baseline; divided
+    # by the standard deviation. (This scale changes Adam's steps little, and TRPO's not at all.)
     batch.advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-    logits, _ = forward(policy, batch.states)  # as they were when it played
-    batch.log_probs_old = log_softmax(logits)  # [B, K]
+    logits, _ = forward(policy, batch.states)  # once more: `play` keeps only the actions
+    batch.log_probs_old = log_softmax(logits)  # [B, K], old: of the policy that played
     return batch
 
 
 def fit_value(value, batch, settings, decay, rng):
-    """Bring V closer to the targets, in small steps: uphill on the mean of -(target - V)^2 / 2."""
+    """Bring V's network closer to the targets: uphill on the mean of -(target - output)^2 / 2."""
     for _ in range(settings.value_epochs):
         order = rng.permutation(len(batch.targets))
         for chosen in np.array_split(order, settings.minibatches):
             outputs, activations = forward(value, batch.states[chosen])  # [b, 1], of a minibatch
-            errors = batch.targets[chosen, None] - outputs  # the derivative by V, targets fixed
+            errors = batch.targets[chosen, None] - outputs  # the derivative by the outputs
             gradient = backward(value, activations, errors / len(chosen))
             adam(value, gradient, decay * settings.value_learning_rate)
 
 
 # --- 6. The update --------------------------------------------------------------------------------
 # The gradient of a ratio is ratio * gradient of log pi, and at theta_old every ratio is 1. So there
-# the gradient g of L is REINFORCE's with Â. The KL is 0 there, its least value: its gradient is 0.
-# Let the matrix F hold its second derivatives. For a small change d of theta (Taylor),
-#     L grows by about  g . d,    and the KL by about  d . F d / 2.
-# Which d with KL = delta is best? One from which no move along this surface raises g . d. Then g is
-# at right angles to the surface, as is F d, the gradient of d . F d / 2. So F d is a multiple of g:
-# if x, the natural gradient, solves F x = g, d is a multiple of x. As d . F d / 2 = delta,
-#     d = sqrt(2 delta / (x . F x)) x.
+# the gradient g of L is REINFORCE's, with Â. The KL is 0 there, its least value: its gradient is 0.
+# Let the matrix F hold its second derivatives. For a small step (Taylor)
+#     L grows by about  g . step,    and the KL by about  step . F step / 2.
+# All steps with KL = delta form an ellipsoid. At the best one, no move along this surface raises
+# g . step: g is at right angles to the surface, like F step, the gradient of step . F step / 2. So
+# F step is a multiple of g. If x, the natural gradient, solves F x = g, step is a multiple of x:
+#     step = sqrt(2 delta / (x . F x)) x    has  KL = delta.
 def jacobian_vector_product(policy, activations, vector):
     """J v [B, K], J = dz/dtheta: how fast the logits z change as theta moves along v [P]. The parts
     of v are changes of W1, b1, W2, b2. Each line of `forward` is differentiated."""
@@ -284,11 +282,10 @@ def jacobian_vector_product(policy, activations, vector):
 
 
 def fisher_vector_product(policy, activations, probs, vector):
-    """F v [P]. F, the Fisher matrix, holds the second derivatives by theta of the mean KL.
-    For one state, with logits z, p = pi(.|s; theta) and J = dz/dtheta [K, P]:
-        dKL/dz = p - p_old,    so that  dKL/dtheta = J^T (p - p_old).
-    Its derivative has two terms. One has the factor p - p_old, 0 at theta_old. The other is
-    J^T dp/dtheta, where dp/dtheta = dp/dz J = (diag(p) - p p^T) J. So
+    """F v [P]. F, the Fisher matrix, holds the second derivatives by theta of the mean KL. For one
+    state, with logits z, p = pi(.|s; theta) and J = dz/dtheta [K, P]: log p_k is
+    z_k - log sum_j exp(z_j), so dKL/dz = p - p_old and dKL/dtheta = J^T (p - p_old). The derivative
+    of that has two terms. One has the factor p - p_old, 0 at theta_old. The other is J^T dp/dz J:
         F = J^T (diag(p) - p p^T) J    (P^2 entries; F v costs about as much as a gradient)."""
     d_logits = jacobian_vector_product(policy, activations, vector)  # J v
     mean = (probs * d_logits).sum(axis=1, keepdims=True)  # p^T J v
@@ -297,12 +294,11 @@ def fisher_vector_product(policy, activations, probs, vector):
 
 
 def conjugate_gradient(product, b, iterations):
-    """Solve M x = b from product(v) = M v alone; M is symmetric, v . M v > 0. At most `iterations`
-    products, none once the residual r = b - M x is at most 1e-5 as long as b (at once if b = 0).
-    This is linear algebra, derived in Nocedal & Wright 2006, section 5.1: x is the top of a hill,
-    f(x) = b . x - x . M x / 2, whose gradient is r. alpha leads to the highest point along a
-    direction; beta turns the next direction such that this climb is not undone. After P products
-    one is at the top, but for rounding; a few come close."""
+    """Solve M x = b from product(v) = M v; M is symmetric, and v . M v > 0. Stop after `iterations`
+    products, or when the residual r = b - M x is at most 1e-5 times as long as b (also if b = 0).
+    x is the top of the hill f(x) = b . x - x . M x / 2, whose gradient is r. Climb from 0 along one
+    direction after another. (That r . direction = r . r, the formula of beta, and why P directions
+    would reach the top, a few come near: Nocedal & Wright 2006, section 5.1.)"""
     x = np.zeros_like(b)
     residual = b
     direction = b
@@ -311,9 +307,11 @@ def conjugate_gradient(product, b, iterations):
         if squared <= 1e-10 * (b @ b):  # squares of the lengths
             break
         M_direction = product(direction)
+        # Along the direction f is a parabola. Its top: r . direction / (direction . M direction).
         alpha = squared / (direction @ M_direction)
         x = x + alpha * direction
         residual = residual - alpha * M_direction
+        # The next direction d has d . M direction = 0: going along it leaves the old slope at 0.
         beta = (residual @ residual) / squared
         direction = residual + beta * direction
         squared = residual @ residual
@@ -321,17 +319,17 @@ def conjugate_gradient(product, b, iterations):
 
 
 def line_search(policy, full_step, batch, settings):
-    """full_step rests on approximations. Here KL and L are measured: change theta by the first of
-    full_step * backtrack_factor^n, n = 0 to max_backtracks, with KL <= delta and a larger L. Return
-    L's growth, and n. If there is none, theta stays exactly as it was, and L's growth is 0.
-    (Without settings.line_search, take the first as it is.)"""
+    """The step rests on approximations: here KL and L are measured. Take the first of full_step *
+    backtrack_factor^n, n = 0 to max_backtracks, with KL <= delta and a larger L (without
+    settings.line_search: the first). Return L's growth, and n. If none will do, theta stays exactly
+    as it was, and L's growth is 0."""
     theta_old = policy.theta
-    of_actions = np.arange(len(batch.actions)), batch.actions  # in each row the action taken
     for backtracks in range(settings.max_backtracks + 1):
         policy.theta = theta_old + settings.backtrack_factor**backtracks * full_step
         logits, _ = forward(policy, batch.states)
         log_probs = log_softmax(logits)
-        ratio = np.exp(log_probs[of_actions] - batch.log_probs_old[of_actions])
+        log_ratios = log_probs - batch.log_probs_old  # [B, K]
+        ratio = np.exp(log_ratios[np.arange(len(log_ratios)), batch.actions])  # [B], actions taken
         gain = float((batch.advantages * (ratio - 1)).mean())  # L - L(theta_old)
         accepted = gain > 0 and kl(batch.log_probs_old, log_probs) <= settings.delta
         if accepted or not settings.line_search:
@@ -341,8 +339,8 @@ def line_search(policy, full_step, batch, settings):
 
 
 def update_policy(policy, batch, settings, decay, rng):
-    """Direction, length, line search. If F v is near 0, the step along v would be huge, and Taylor
-    wrong. So F + damping I replaces F. It overrates the KL, which is then mostly below delta."""
+    """Direction, length, line search. Where v hardly changes the KL, F v is near 0: x would be huge
+    along v, and Taylor wrong. F + damping I in place of F prevents that, and overrates the KL."""
     _, activations = forward(policy, batch.states)
     g = policy_gradient(policy, activations, batch.log_probs_old, batch.actions, batch.advantages)
     probs = np.exp(batch.log_probs_old)
@@ -362,21 +360,21 @@ def update_policy(policy, batch, settings, decay, rng):
 def initial_policy(settings):
     """A policy for settings.env, nearly undecided in every state, as its last weights are small."""
     env = make_env(settings, 1)
-    D = env.single_observation_space.shape[0]
-    K = int(env.single_action_space.n)
-    return Network((D, settings.hidden, K), 0.01, np.random.default_rng([settings.seed, 0]))
+    sizes = (env.single_observation_space.shape[0], settings.hidden, env.single_action_space.n)
+    return Network(sizes, 0.01, np.random.default_rng([settings.seed, 0]))  # [seed, 0]: one stream
 
 
 def train(settings, policy):
-    """Generator: each `next` updates `policy`, and yields the figures of that update."""
+    """A generator: each turn of `for row in train(settings, policy)` updates the policy once, and
+    yields the figures of that update. FloatingPointError if they are no longer finite."""
     start = time.perf_counter()
-    rng = np.random.default_rng([settings.seed, 1])  # stream 0 made the policy, 2 evaluates
+    rng = np.random.default_rng([settings.seed, 1])  # another stream; 2 and 3 evaluate
     value = Network((*policy.sizes[:2], 1), 1.0, rng)  # sizes (D, H, 1)
     experience = Experience(settings, rng)
     steps = 0
     update = 0
     while steps < settings.steps:
-        decay = 1 - steps / settings.steps  # lowers Adam's learning rates, from 1 to 0
+        decay = 1 - steps / settings.steps  # factor of the learning rates, from 1 towards 0
         batch = collect(experience, policy, value, settings, rng)
         theta_old = policy.theta.copy()
         own_figures = update_policy(policy, batch, settings, decay, rng)
@@ -385,21 +383,23 @@ def train(settings, policy):
         steps += len(batch.actions)
         row = {"update": update, "steps": steps} | report(policy, theta_old, batch, experience)
         if not np.isfinite([policy.theta.sum(), value.theta.sum(), row["kl"]]).all():
-            raise FloatingPointError(f"update {update} is no longer finite: use smaller steps")
+            raise FloatingPointError(f"update {update} is no longer finite: lower learning rates")
         yield row | {"seconds": time.perf_counter() - start} | own_figures
 
 
 def report(policy, theta_old, batch, experience):
-    """Figures of an update; explained_variance: how well V predicted the targets before its fit."""
+    """Figures of an update; compare.py saves all, main prints some. explained_variance: 1 if V had
+    predicted the targets but for a constant error, 0 if no better than a constant does."""
     logits, _ = forward(policy, batch.states)
+    returns = experience.env.return_queue  # of the last 100 finished episodes, not discounted
+    entropies = -(np.exp(batch.log_probs_old) * batch.log_probs_old).sum(axis=1)  # [B], in nats
     variance = float(batch.targets.var())
-    unexplained = float((batch.targets - batch.values).var())  # V off by a constant is not seen
+    unexplained = float((batch.targets - batch.values).var())  # before the fit
     return {
-        "episodes": len(experience.finished_returns),
-        "episode_return": float(np.mean(experience.finished_returns[-100:] or [np.nan])),
+        "episodes": int(experience.env.episode_count),
+        "episode_return": float(np.mean(returns)) if returns else np.nan,
         "kl": kl(batch.log_probs_old, log_softmax(logits)),  # from the old policy to the new one
-        # Of the old policy: log K if it is undecided, 0 if it is certain.
-        "entropy": -float((np.exp(batch.log_probs_old) * batch.log_probs_old).sum(axis=1).mean()),
+        "entropy": float(entropies.mean()),  # log K if undecided, 0 if certain
         "step_norm": float(np.linalg.norm(policy.theta - theta_old)),  # how far theta has moved
         "explained_variance": 1 - unexplained / variance if variance > 0 else 0.0,
     }
@@ -436,7 +436,7 @@ def parse(argv=None):
 
 def main():
     settings = parse()
-    np.seterr(all="ignore")  # no warnings of overflow: `train` stops if a result is not finite
+    np.seterr(all="ignore")  # no warnings: `train` stops if a result is not finite
     policy = initial_policy(settings)
     env = make_env(settings, 100)
     threshold = np.inf if env.spec.reward_threshold is None else env.spec.reward_threshold

@@ -28,7 +28,7 @@ FAULTS = [
     ("vpg", "collect", "real = ~resetting", "real = np.ones_like(resetting)"),
     ("trpo", "gae", " | truncated\n    advantages", "\n    advantages"),
     # cleanrl 499: Gymnasium 1.0 resets one step later than before
-    ("vpg", "collect", "self.resetting = ended", "self.resetting = ended & False"),
+    ("vpg", "collect", "self.resetting = terminated", "self.resetting = False & terminated"),
     # several: all advantages equal, or a zero gradient, divide by zero
     ("trpo", "conjugate", "if squared <= 1e-10", "if squared < 1e-10"),
     ("trpo", "update_policy", "if curvature <= 0:", "if curvature < 0:"),
