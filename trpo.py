@@ -1,26 +1,26 @@
 """Trust region policy optimization (TRPO): improve the policy, but change its probabilities little.
 
-pi_old, with weights theta_old, played the batch. V(s) is the mean of its returns from state s on,
-r_0 + gamma r_1 + gamma^2 r_2 + ... A(s, a), the advantage, is how much more it is if action a comes
-first. How good is another policy pi? Along an episode that pi plays, the sum of gamma^t times
-(r_t + gamma V(s_{t+1}) - V(s_t)) is its return minus V(s_0): V cancels in between, and is 0 after
-the end. Given s_t and a_t, the bracket has the mean A(s_t, a_t). V(s_0) has the mean "expected
-return of pi_old". So, with the mean over pi's episodes,
+pi_old, with weights theta_old, played the batch. V(s) is its expected return from state s on, the
+return being r_0 + gamma r_1 + gamma^2 r_2 + ... A(s, a), the advantage, is how much more than V(s)
+it is if action a comes first. What does another policy pi gain? Let pi choose the first action, and
+pi_old all others: on average, that gains A(s_0, a_0). Let pi choose the second one, too: that gains
+gamma A(s_1, a_1). And so on: in the mean over pi's episodes,
 
     expected return of pi  =  expected return of pi_old  +  mean of sum_t gamma^t A(s_t, a_t)
 
-(equation 1 of the paper). But the batch is pi_old's. Its actions can be reweighted, by the ratio
-pi(a|s; theta) / pi(a|s; theta_old): in each state sum_a pi A = sum_a pi_old * ratio * A. Its states
-stay; this is nearly right if pi is near pi_old. Without gamma^t, as usual, and with an estimate Â:
+(equation 1 of the paper). But the batch is pi_old's. Its actions can be reweighted: in each state,
+sum_a pi A = sum_a pi_old (pi / pi_old) A. Its states cannot: of others, it says nothing; trust it
+only while pi acts almost like pi_old. With an estimate Â of A (without gamma^t, as usual):
 
-    maximize    L(theta)  =  mean over the batch of  ratio * Â         (L: the surrogate)
-    subject to  mean over its states of KL(pi_old || pi)  <=  delta    (this is the trust region)
+    maximize    L(theta)  =  mean over the batch of  Â * pi(a|s; theta) / pi(a|s; theta_old)
+    subject to  mean over its states of KL(pi_old || pi)  <=  delta
 
-KL (section 3) is bounded, not the change of theta: equal ones can change pi a lot or not at all.
+L is the surrogate, the quotient the ratio, the bound the trust region: on KL (section 3), not on
+theta's change, as equal changes of theta can alter pi a lot, or not at all.
 
     repeat:  play a batch of steps with the policy                         (section 4)
              estimate the advantages Â; set targets for V, Â + V           (section 5)
-             change theta: conjugate gradient, then a line search          (section 6)
+             change theta, in the best direction as far as KL <= delta     (section 6)
              fit V to its targets                                          (section 5)
 Run:  python trpo.py    Options:  python trpo.py --help    Schulman et al. 2015, arXiv:1502.05477
 """
@@ -45,7 +45,7 @@ class Settings:
     seed: int = option(0, "seed of all random numbers", 0)
     steps: int = option(150_000, "environment steps to train for (the last batch is completed)", 1)
     num_envs: int = option(16, "environments that run side by side", 1)
-    horizon: int = option(48, "rows of each environment in a batch, resets included", 2)
+    horizon: int = option(48, "how often each environment is stepped for a batch", 2)
     gamma: float = option(0.99, "discount factor", 0, 1)
     gae_lambda: float = option(0.99, "lambda of `gae`: 0 relies on V, 1 on the rewards", 0, 1)
     hidden: int = option(64, "units in the hidden layer", 1)
@@ -75,7 +75,7 @@ class Network:
     def __init__(self, sizes, last_gain, rng):
         """The policy, or V: a tanh layer, a linear layer. All parameters are one vector, theta."""
         D, H, K = sizes
-        W1 = rng.standard_normal((D, H)) / np.sqrt(D)  # a sum of D such terms is about 1
+        W1 = rng.standard_normal((D, H)) / np.sqrt(D)  # so outputs are about as large as inputs
         W2 = rng.standard_normal((H, K)) / np.sqrt(H) * last_gain  # small gain, small outputs
         parts = [W1.ravel(), np.zeros(H), W2.ravel(), np.zeros(K)]  # the order of `unflatten`
         self.theta = np.concatenate(parts).astype(np.float32)  # [P]
@@ -102,7 +102,7 @@ def forward(network, inputs):
 
 
 def backward(network, activations, grad_outputs):
-    """The chain rule: from derivatives with respect to outputs [B, K], to those by theta [P]."""
+    """The chain rule: from derivatives of a number by the outputs [B, K], to those by theta [P]."""
     _, _, W2, _ = unflatten(network.theta, network.sizes)
     inputs, hidden = activations
     # As outputs[b, k] = sum_h hidden[b, h] * W2[h, k] + b2[k]:
@@ -135,12 +135,12 @@ def log_softmax(logits):
 
 
 def sample_actions(policy, states, rng):
-    """Draw an action for each state. Cut the line from 0 to 1 into parts, one for each action, as
-    long as its probability; pick a random point on the line. Its part is the action."""
+    """Draw an action for each state: cut the line from 0 to 1 into a part for each action, which is
+    as long as its probability, and pick a point. Count the parts that end before it."""
     logits, _ = forward(policy, states)
     ends = np.exp(log_softmax(logits)).cumsum(axis=1)  # [N, K], where the parts end
     points = rng.random((len(states), 1))
-    return (points > ends[:, :-1]).sum(axis=1)  # so many end before the point (the last one at 1)
+    return (points > ends[:, :-1]).sum(axis=1)  # the last end, 1, is rounded: leave it out
 
 
 def kl(log_probs_old, log_probs_new):
@@ -153,10 +153,9 @@ def policy_gradient(policy, activations, log_probs, actions, coefficients):
     """Gradient, with respect to theta [P], of  mean over the batch of coefficient * log pi(a|s).
     The coefficients [B] (such as Â) are numbers here; they are not differentiated. With logits z,
     log pi(a|s) = z_a - log sum_j exp(z_j). So d log pi(a|s) / dz_k is
-    (1 if k = a, else 0) - exp(z_k) / sum_j exp(z_j): as a vector, onehot(a) - pi."""
-    onehot = np.zeros_like(log_probs)  # [B, K]
-    onehot[np.arange(len(actions)), actions] = 1  # in row i the column actions[i]
-    grad_log_prob = onehot - np.exp(log_probs)  # [B, K]
+    (1 if k = a, else 0) - exp(z_k) / sum_j exp(z_j), that is, (1 if k = a, else 0) - pi(k|s)."""
+    grad_log_prob = -np.exp(log_probs)  # [B, K]
+    grad_log_prob[np.arange(len(actions)), actions] += 1  # in row i the column actions[i]
     grad_logits = coefficients[:, None] * grad_log_prob / len(actions)  # [B, K], / B for the mean
     return backward(policy, activations, grad_logits)
 
@@ -171,14 +170,15 @@ def make_env(settings, num_envs, **options):
     space = env.single_action_space
     if not isinstance(space, gym.spaces.Discrete) or space.start != 0:
         raise ValueError(f"env must have Discrete actions from 0 on, not {space}")
-    if "NEXT_STEP" not in str(env.metadata.get("autoreset_mode", "NEXT_STEP")):  # see Experience
+    reset_mode = env.metadata.get("autoreset_mode")  # None if it does not say
+    if reset_mode is not None and reset_mode.name != "NEXT_STEP":  # see `Experience`
         raise ValueError("env must reset one step late (autoreset mode NEXT_STEP)")
     return env
 
 
 class Experience:
     """Environments side by side, whose episodes go on from one batch to the next.
-    When a step ends an episode, Gymnasium returns its last state, s'. The next call of step plays
+    When a step ends an episode, Gymnasium returns the last state, s'. The next call of step plays
     nothing: it ignores the action and returns the first state of a new episode. So there are rows
         row t      state s   action taken    leads to s': terminated, or truncated by a time limit
         row t + 1  state s'  action ignored  leads to a new episode's first state: resetting
@@ -208,20 +208,20 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     """Generalized advantage estimation (Schulman et al. 2016): Â [T, N]. values [T + 1, N] estimate
     V, of the states played and of those the last row led to. The temporal-difference (TD) error
         td_error_t = r_t + gamma value(s_{t+1}) - value(s_t)
-    says how much better a step went than predicted. If value(s_{t+1}) is too low, so is td_error_t,
-    and the next one is too high: so later ones are added, to the end of the episode or batch:
+    says how much better a step went than predicted. In td_error_t + gamma td_error_{t+1} cancels
+    value(s_{t+1}), and so does its error. More terms cancel more, to the end of episode or batch:
         Â_t = td_error_t + gamma lambda td_error_{t+1} + (gamma lambda)^2 td_error_{t+2} + ...
             = td_error_t + gamma lambda Â_{t+1}
-    If lambda = 1, value(s_{t+1}) and all later ones cancel. It leaves the discounted rewards, plus
-    the value where they were cut off, minus value(s_t): right, but noisy.
-    If lambda = 0, td_error_t is left: less noise, but wrong as far as value(s_{t+1}) is."""
-    # Terminated: nothing more is earned. Truncated: about value(s_{t+1}) more would have been.
+    If lambda = 1, there remain the discounted rewards, plus the value where they were cut off, less
+    value(s_t), a baseline: noisy, and wrong only as far as the value at the cut is.
+    If lambda = 0, td_error_t remains: less noise, but wrong as far as value(s_{t+1}) is."""
+    # Terminated: nothing more is earned. Truncated: the episode would have gone on, as V predicts.
     next_values = np.where(terminated, 0, values[1:])  # row t + 1 holds where row t led
     td_errors = rewards + gamma * next_values - values[:-1]
     ended = terminated | truncated
     advantages = np.zeros_like(values)  # [T + 1, N]; the last row stays 0
     for t in reversed(range(len(rewards))):
-        following = np.where(ended[t], 0, advantages[t + 1])  # a resetting row's Â is never used
+        following = np.where(ended[t], 0, advantages[t + 1])  # no sum goes past an episode's end
         advantages[t] = td_errors[t] + gamma * gae_lambda * following
     return advantages[:-1]
 
@@ -234,16 +234,15 @@ def collect(experience, policy, value, settings, rng):
     outputs, _ = forward(value, all_states)  # [T + 1, N, 1]
     values = outputs[..., 0]
     advantages = gae(rewards, values, terminated, truncated, settings.gamma, settings.gae_lambda)
-    targets = advantages + values[:-1]  # as Â estimates return - V, this estimates the return
     real = ~resetting  # as an index it takes the rows that are True: [T, N] -> [B]
     batch = SimpleNamespace()
     batch.states = all_states[:-1][real]  # [B, D]
     batch.actions = actions[real]
     batch.values = values[:-1][real]  # V before it is fitted, for `report`
-    batch.targets = targets[real]
+    batch.targets = (advantages + values[:-1])[real]  # as Â estimates return - V: the return
     advantages = advantages[real]
     # Usual, though no theory asks for it: minus the mean, which acts as one more baseline; divided
-    # by the standard deviation. (This scale changes Adam's steps little, and TRPO's not at all.)
+    # by the standard deviation, which makes L comparable, but hardly matters for the step.
     batch.advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     logits, _ = forward(policy, batch.states)  # once more: `play` keeps only the actions
     batch.log_probs_old = log_softmax(logits)  # [B, K], old: of the policy that played
@@ -262,14 +261,14 @@ def fit_value(value, batch, settings, decay, rng):
 
 
 # --- 6. The update --------------------------------------------------------------------------------
-# The gradient of a ratio is ratio * gradient of log pi, and at theta_old every ratio is 1. So there
-# the gradient g of L is REINFORCE's, with Â. The KL is 0 there, its least value: its gradient is 0.
-# Let the matrix F hold its second derivatives. For a small step (Taylor)
+# The gradient of a ratio is ratio * gradient of log pi, and at theta_old every ratio is 1. So the
+# gradient g of L is REINFORCE's there, with Â. The KL is 0 there, its least value, so its gradient
+# is 0. Let F [P, P] hold its second derivatives. For a small step (Taylor)
 #     L grows by about  g . step,    and the KL by about  step . F step / 2.
-# All steps with KL = delta form an ellipsoid. At the best one, no move along this surface raises
-# g . step: g is at right angles to the surface, like F step, the gradient of step . F step / 2. So
-# F step is a multiple of g. If x, the natural gradient, solves F x = g, step is a multiple of x:
-#     step = sqrt(2 delta / (x . F x)) x    has  KL = delta.
+# Alter the best step with KL = delta by a tiny e: L changes by g . e, the KL by (F step) . e. If
+# this were 0 for an e, but not g . e, then e or -e would make L larger. So all e at right angles
+# to F step are at right angles to g: F step is a multiple of g. With F x = g, step is c x for a c,
+# and its KL, c^2 x . F x / 2, is delta if c = sqrt(2 delta / (x . F x)).
 def jacobian_vector_product(policy, activations, vector):
     """J v [B, K], J = dz/dtheta: how fast the logits z change as theta moves along v [P]. The parts
     of v are changes of W1, b1, W2, b2. Each line of `forward` is differentiated."""
@@ -283,22 +282,27 @@ def jacobian_vector_product(policy, activations, vector):
 
 def fisher_vector_product(policy, activations, probs, vector):
     """F v [P]. F, the Fisher matrix, holds the second derivatives by theta of the mean KL. For one
-    state, with logits z, p = pi(.|s; theta) and J = dz/dtheta [K, P]: log p_k is
-    z_k - log sum_j exp(z_j), so dKL/dz = p - p_old and dKL/dtheta = J^T (p - p_old). The derivative
-    of that has two terms. One has the factor p - p_old, 0 at theta_old. The other is J^T dp/dz J:
-        F = J^T (diag(p) - p p^T) J    (P^2 entries; F v costs about as much as a gradient)."""
+    state, with logits z, p = pi(.|s; theta) and J = dz/dtheta [K, P]:
+        KL = const - sum_k p_old_k log p_k = const - sum_k p_old_k z_k + log sum_j exp(z_j)
+        dKL/dz = p - p_old,    dKL/dtheta = J^T (p - p_old),    dp/dz = diag(p) - p p^T
+    To differentiate J^T (p - p_old): the change of J^T is multiplied by p - p_old, 0 at theta_old.
+    The change of p remains:  F = J^T dp/dz J.  F has P^2 entries. F v costs about two gradients."""
     d_logits = jacobian_vector_product(policy, activations, vector)  # J v
     mean = (probs * d_logits).sum(axis=1, keepdims=True)  # p^T J v
     d_probs = probs * (d_logits - mean)  # (diag(p) - p p^T) J v
-    return backward(policy, activations, d_probs / len(probs))  # times J^T: from z to theta
+    return backward(policy, activations, d_probs / len(probs))  # times J^T, mean over the states
 
 
 def conjugate_gradient(product, b, iterations):
     """Solve M x = b from product(v) = M v; M is symmetric, and v . M v > 0. Stop after `iterations`
-    products, or when the residual r = b - M x is at most 1e-5 times as long as b (also if b = 0).
-    x is the top of the hill f(x) = b . x - x . M x / 2, whose gradient is r. Climb from 0 along one
-    direction after another. (That r . direction = r . r, the formula of beta, and why P directions
-    would reach the top, a few come near: Nocedal & Wright 2006, section 5.1.)"""
+    rounds, or when the residual r = b - M x is at most 1e-5 times as long as b (also if b = 0).
+    f(x) = b . x - x . M x / 2 has the gradient r, so it is largest at the solution. Climb from 0:
+    f(x + alpha d) = f(x) + alpha r . d - alpha^2 d . M d / 2, so along a direction d the top is at
+        alpha = r . d / (d . M d) = r . r / (d . M d),    and there  r_new . d = 0.       (1)
+    Next, d_new = r_new + beta d with d_new . M d = 0: then the slope along d stays 0,
+        beta = -r_new . M d / (d . M d) = r_new . r_new / (r . r).                           (2)
+    The second forms hold as d = r + beta_old d_old, (1) and (2) make r . d_old and r_new . r 0, and
+    M d = (r - r_new) / alpha. Slopes once 0 stay 0: P rounds reach the top, a few come near."""
     x = np.zeros_like(b)
     residual = b
     direction = b
@@ -307,11 +311,9 @@ def conjugate_gradient(product, b, iterations):
         if squared <= 1e-10 * (b @ b):  # squares of the lengths
             break
         M_direction = product(direction)
-        # Along the direction f is a parabola. Its top: r . direction / (direction . M direction).
         alpha = squared / (direction @ M_direction)
         x = x + alpha * direction
         residual = residual - alpha * M_direction
-        # The next direction d has d . M direction = 0: going along it leaves the old slope at 0.
         beta = (residual @ residual) / squared
         direction = residual + beta * direction
         squared = residual @ residual
@@ -319,10 +321,10 @@ def conjugate_gradient(product, b, iterations):
 
 
 def line_search(policy, full_step, batch, settings):
-    """The step rests on approximations: here KL and L are measured. Take the first of full_step *
-    backtrack_factor^n, n = 0 to max_backtracks, with KL <= delta and a larger L (without
-    settings.line_search: the first). Return L's growth, and n. If none will do, theta stays exactly
-    as it was, and L's growth is 0."""
+    """full_step rests on approximations: here KL and L are measured. Take the first of full_step *
+    backtrack_factor^n, n = 0 to max_backtracks, with KL <= delta and a larger L (or, without
+    settings.line_search, the first). Return L's growth, and n. If none will do, theta stays exactly
+    as it was, L's growth is 0, and n is max_backtracks."""
     theta_old = policy.theta
     for backtracks in range(settings.max_backtracks + 1):
         policy.theta = theta_old + settings.backtrack_factor**backtracks * full_step
@@ -339,8 +341,8 @@ def line_search(policy, full_step, batch, settings):
 
 
 def update_policy(policy, batch, settings, decay, rng):
-    """Direction, length, line search. Where v hardly changes the KL, F v is near 0: x would be huge
-    along v, and Taylor wrong. F + damping I in place of F prevents that, and overrates the KL."""
+    """The step above, then the line search. If the KL hardly changes along v, F v is near 0, and x
+    huge along v, where Taylor is wrong. So F + damping I replaces F; it overrates the KL a bit."""
     _, activations = forward(policy, batch.states)
     g = policy_gradient(policy, activations, batch.log_probs_old, batch.actions, batch.advantages)
     probs = np.exp(batch.log_probs_old)
@@ -365,8 +367,7 @@ def initial_policy(settings):
 
 
 def train(settings, policy):
-    """A generator: each turn of `for row in train(settings, policy)` updates the policy once, and
-    yields the figures of that update. FloatingPointError if they are no longer finite."""
+    """A generator: each turn of `for row in train(settings, policy)` updates the policy once."""
     start = time.perf_counter()
     rng = np.random.default_rng([settings.seed, 1])  # another stream; 2 and 3 evaluate
     value = Network((*policy.sizes[:2], 1), 1.0, rng)  # sizes (D, H, 1)
@@ -383,18 +384,17 @@ def train(settings, policy):
         steps += len(batch.actions)
         row = {"update": update, "steps": steps} | report(policy, theta_old, batch, experience)
         if not np.isfinite([policy.theta.sum(), value.theta.sum(), row["kl"]]).all():
-            raise FloatingPointError(f"update {update} is no longer finite: lower learning rates")
+            raise FloatingPointError(f"update {update} is no longer finite: try smaller rates")
         yield row | {"seconds": time.perf_counter() - start} | own_figures
 
 
 def report(policy, theta_old, batch, experience):
-    """Figures of an update; compare.py saves all, main prints some. explained_variance: 1 if V had
-    predicted the targets but for a constant error, 0 if no better than a constant does."""
+    """Figures of an update. (compare.py saves all of them, `main` prints some.)"""
     logits, _ = forward(policy, batch.states)
     returns = experience.env.return_queue  # of the last 100 finished episodes, not discounted
     entropies = -(np.exp(batch.log_probs_old) * batch.log_probs_old).sum(axis=1)  # [B], in nats
     variance = float(batch.targets.var())
-    unexplained = float((batch.targets - batch.values).var())  # before the fit
+    unexplained = float((batch.targets - batch.values).var())  # by V, before its fit
     return {
         "episodes": int(experience.env.episode_count),
         "episode_return": float(np.mean(returns)) if returns else np.nan,

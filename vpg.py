@@ -1,21 +1,21 @@
 """Vanilla policy gradient (VPG): try actions, then make those that went well more likely.
 
 A policy pi(a|s; theta) is a neural network with weights theta. For a state s it gives each action a
-a probability. Wanted is the theta with the largest expected return; the return is the sum of an
-episode's rewards, discounted: r_0 + gamma r_1 + gamma^2 r_2 + ...
+a probability. The return is the sum of an episode's rewards, discounted: r_0 + gamma r_1 +
+gamma^2 r_2 + ... We want the theta with the largest expected return. V(s) is the expected return
+from state s on; A(s, a), the advantage, is how much more it is if action a comes first, and the
+policy goes on. By the policy gradient theorem (Sutton & Barto 2018, section 13.2) the gradient of
+the expected return is, up to a factor, the mean of A(s, a) * gradient of log pi(a|s; theta) over
+the steps that the policy takes. (With gamma < 1, step t of an episode would count gamma^t. As is
+usual, this is left out, lest late steps hardly count.) It is estimated from a batch of steps, by
 
-V(s) is the expected return from state s on, with this policy. A(s, a), the advantage, is how much
-more it is if action a comes first. The policy gradient theorem (Sutton & Barto 2018, section 13.2)
-says: but for a positive factor, the gradient of the expected return is the mean, over the states
-and actions that the policy meets, of A(s, a) * gradient of log pi(a|s; theta). It is estimated by
+    g  =  mean over the batch of  Â * gradient of log pi(a|s; theta),
 
-    g  =  mean over a batch of played steps of  Â * gradient of log pi(a|s; theta),
-
-where Â, an estimate of A, is about the return that followed minus V(s). (REINFORCE has the return
-alone.) V(s) is a baseline: it makes g less noisy, but does not change its mean, as it is the same
-for all actions:  sum_a pi * V * gradient of log pi  =  V * gradient of sum_a pi  =  V * 0.
-V is a second network. It also stands in for rewards that the batch does not hold (section 5). As is
-usual, g leaves out a factor gamma^t for step t of an episode.
+where Â, an estimate of A, is roughly the return that followed minus V(s). With the return alone,
+this is REINFORCE. V(s) is a baseline: it makes g less noisy, but does not change its mean, as it is
+the same for all a: sum_a pi * V * gradient of log pi = V * gradient of sum_a pi = V * gradient of 1
+= 0. A second network, `value`, estimates V. It also stands in for rewards that the batch does not
+hold; there its errors do change g (section 5).
 
     repeat:  play a batch of steps with the policy                  (section 4)
              estimate the advantages Â; set targets for V, Â + V    (section 5)
@@ -45,7 +45,7 @@ class Settings:
     seed: int = option(0, "seed of all random numbers", 0)
     steps: int = option(150_000, "environment steps to train for (the last batch is completed)", 1)
     num_envs: int = option(16, "environments that run side by side", 1)
-    horizon: int = option(48, "rows of each environment in a batch, resets included", 2)
+    horizon: int = option(48, "how often each environment is stepped for a batch", 2)
     gamma: float = option(0.99, "discount factor", 0, 1)
     gae_lambda: float = option(0.99, "lambda of `gae`: 0 relies on V, 1 on the rewards", 0, 1)
     hidden: int = option(64, "units in the hidden layer", 1)
@@ -70,7 +70,7 @@ class Network:
     def __init__(self, sizes, last_gain, rng):
         """The policy, or V: a tanh layer, a linear layer. All parameters are one vector, theta."""
         D, H, K = sizes
-        W1 = rng.standard_normal((D, H)) / np.sqrt(D)  # a sum of D such terms is about 1
+        W1 = rng.standard_normal((D, H)) / np.sqrt(D)  # so outputs are about as large as inputs
         W2 = rng.standard_normal((H, K)) / np.sqrt(H) * last_gain  # small gain, small outputs
         parts = [W1.ravel(), np.zeros(H), W2.ravel(), np.zeros(K)]  # the order of `unflatten`
         self.theta = np.concatenate(parts).astype(np.float32)  # [P]
@@ -97,7 +97,7 @@ def forward(network, inputs):
 
 
 def backward(network, activations, grad_outputs):
-    """The chain rule: from derivatives with respect to outputs [B, K], to those by theta [P]."""
+    """The chain rule: from derivatives of a number by the outputs [B, K], to those by theta [P]."""
     _, _, W2, _ = unflatten(network.theta, network.sizes)
     inputs, hidden = activations
     # As outputs[b, k] = sum_h hidden[b, h] * W2[h, k] + b2[k]:
@@ -130,12 +130,12 @@ def log_softmax(logits):
 
 
 def sample_actions(policy, states, rng):
-    """Draw an action for each state. Cut the line from 0 to 1 into parts, one for each action, as
-    long as its probability; pick a random point on the line. Its part is the action."""
+    """Draw an action for each state: cut the line from 0 to 1 into a part for each action, which is
+    as long as its probability, and pick a point. Count the parts that end before it."""
     logits, _ = forward(policy, states)
     ends = np.exp(log_softmax(logits)).cumsum(axis=1)  # [N, K], where the parts end
     points = rng.random((len(states), 1))
-    return (points > ends[:, :-1]).sum(axis=1)  # so many end before the point (the last one at 1)
+    return (points > ends[:, :-1]).sum(axis=1)  # the last end, 1, is rounded: leave it out
 
 
 def kl(log_probs_old, log_probs_new):
@@ -148,10 +148,9 @@ def policy_gradient(policy, activations, log_probs, actions, coefficients):
     """Gradient, with respect to theta [P], of  mean over the batch of coefficient * log pi(a|s).
     The coefficients [B] (such as Â) are numbers here; they are not differentiated. With logits z,
     log pi(a|s) = z_a - log sum_j exp(z_j). So d log pi(a|s) / dz_k is
-    (1 if k = a, else 0) - exp(z_k) / sum_j exp(z_j): as a vector, onehot(a) - pi."""
-    onehot = np.zeros_like(log_probs)  # [B, K]
-    onehot[np.arange(len(actions)), actions] = 1  # in row i the column actions[i]
-    grad_log_prob = onehot - np.exp(log_probs)  # [B, K]
+    (1 if k = a, else 0) - exp(z_k) / sum_j exp(z_j), that is, (1 if k = a, else 0) - pi(k|s)."""
+    grad_log_prob = -np.exp(log_probs)  # [B, K]
+    grad_log_prob[np.arange(len(actions)), actions] += 1  # in row i the column actions[i]
     grad_logits = coefficients[:, None] * grad_log_prob / len(actions)  # [B, K], / B for the mean
     return backward(policy, activations, grad_logits)
 
@@ -166,14 +165,15 @@ def make_env(settings, num_envs, **options):
     space = env.single_action_space
     if not isinstance(space, gym.spaces.Discrete) or space.start != 0:
         raise ValueError(f"env must have Discrete actions from 0 on, not {space}")
-    if "NEXT_STEP" not in str(env.metadata.get("autoreset_mode", "NEXT_STEP")):  # see Experience
+    reset_mode = env.metadata.get("autoreset_mode")  # None if it does not say
+    if reset_mode is not None and reset_mode.name != "NEXT_STEP":  # see `Experience`
         raise ValueError("env must reset one step late (autoreset mode NEXT_STEP)")
     return env
 
 
 class Experience:
     """Environments side by side, whose episodes go on from one batch to the next.
-    When a step ends an episode, Gymnasium returns its last state, s'. The next call of step plays
+    When a step ends an episode, Gymnasium returns the last state, s'. The next call of step plays
     nothing: it ignores the action and returns the first state of a new episode. So there are rows
         row t      state s   action taken    leads to s': terminated, or truncated by a time limit
         row t + 1  state s'  action ignored  leads to a new episode's first state: resetting
@@ -203,20 +203,20 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     """Generalized advantage estimation (Schulman et al. 2016): Â [T, N]. values [T + 1, N] estimate
     V, of the states played and of those the last row led to. The temporal-difference (TD) error
         td_error_t = r_t + gamma value(s_{t+1}) - value(s_t)
-    says how much better a step went than predicted. If value(s_{t+1}) is too low, so is td_error_t,
-    and the next one is too high: so later ones are added, to the end of the episode or batch:
+    says how much better a step went than predicted. In td_error_t + gamma td_error_{t+1} cancels
+    value(s_{t+1}), and so does its error. More terms cancel more, to the end of episode or batch:
         Â_t = td_error_t + gamma lambda td_error_{t+1} + (gamma lambda)^2 td_error_{t+2} + ...
             = td_error_t + gamma lambda Â_{t+1}
-    If lambda = 1, value(s_{t+1}) and all later ones cancel. It leaves the discounted rewards, plus
-    the value where they were cut off, minus value(s_t): right, but noisy.
-    If lambda = 0, td_error_t is left: less noise, but wrong as far as value(s_{t+1}) is."""
-    # Terminated: nothing more is earned. Truncated: about value(s_{t+1}) more would have been.
+    If lambda = 1, there remain the discounted rewards, plus the value where they were cut off, less
+    value(s_t), a baseline: noisy, and wrong only as far as the value at the cut is.
+    If lambda = 0, td_error_t remains: less noise, but wrong as far as value(s_{t+1}) is."""
+    # Terminated: nothing more is earned. Truncated: the episode would have gone on, as V predicts.
     next_values = np.where(terminated, 0, values[1:])  # row t + 1 holds where row t led
     td_errors = rewards + gamma * next_values - values[:-1]
     ended = terminated | truncated
     advantages = np.zeros_like(values)  # [T + 1, N]; the last row stays 0
     for t in reversed(range(len(rewards))):
-        following = np.where(ended[t], 0, advantages[t + 1])  # a resetting row's Â is never used
+        following = np.where(ended[t], 0, advantages[t + 1])  # no sum goes past an episode's end
         advantages[t] = td_errors[t] + gamma * gae_lambda * following
     return advantages[:-1]
 
@@ -229,16 +229,15 @@ def collect(experience, policy, value, settings, rng):
     outputs, _ = forward(value, all_states)  # [T + 1, N, 1]
     values = outputs[..., 0]
     advantages = gae(rewards, values, terminated, truncated, settings.gamma, settings.gae_lambda)
-    targets = advantages + values[:-1]  # as Â estimates return - V, this estimates the return
     real = ~resetting  # as an index it takes the rows that are True: [T, N] -> [B]
     batch = SimpleNamespace()
     batch.states = all_states[:-1][real]  # [B, D]
     batch.actions = actions[real]
     batch.values = values[:-1][real]  # V before it is fitted, for `report`
-    batch.targets = targets[real]
+    batch.targets = (advantages + values[:-1])[real]  # as Â estimates return - V: the return
     advantages = advantages[real]
     # Usual, though no theory asks for it: minus the mean, which acts as one more baseline; divided
-    # by the standard deviation. (This scale changes Adam's steps little, and TRPO's not at all.)
+    # by the standard deviation, which makes L comparable, but hardly matters for the step.
     batch.advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     logits, _ = forward(policy, batch.states)  # once more: `play` keeps only the actions
     batch.log_probs_old = log_softmax(logits)  # [B, K], old: of the policy that played
@@ -257,10 +256,10 @@ def fit_value(value, batch, settings, decay, rng):
 
 
 # --- 6. The update --------------------------------------------------------------------------------
-# The three scripts differ only here, in their own settings, and in the docstring at the top.
+# From trpo.py and ppo.py, this script differs only here, in a few settings, and at the top.
 def update_policy(policy, batch, settings, decay, rng):
     """Change theta once, by Adam. The policy is still the one that played, with log_probs_old.
-    (TRPO and PPO return figures of their own here, and PPO uses rng.)"""
+    (ppo.py uses rng, too, and returns figures of its own, as trpo.py does.)"""
     _, activations = forward(policy, batch.states)
     g = policy_gradient(policy, activations, batch.log_probs_old, batch.actions, batch.advantages)
     adam(policy, g, decay * settings.learning_rate)
@@ -276,8 +275,7 @@ def initial_policy(settings):
 
 
 def train(settings, policy):
-    """A generator: each turn of `for row in train(settings, policy)` updates the policy once, and
-    yields the figures of that update. FloatingPointError if they are no longer finite."""
+    """A generator: each turn of `for row in train(settings, policy)` updates the policy once."""
     start = time.perf_counter()
     rng = np.random.default_rng([settings.seed, 1])  # another stream; 2 and 3 evaluate
     value = Network((*policy.sizes[:2], 1), 1.0, rng)  # sizes (D, H, 1)
@@ -294,18 +292,17 @@ def train(settings, policy):
         steps += len(batch.actions)
         row = {"update": update, "steps": steps} | report(policy, theta_old, batch, experience)
         if not np.isfinite([policy.theta.sum(), value.theta.sum(), row["kl"]]).all():
-            raise FloatingPointError(f"update {update} is no longer finite: lower learning rates")
+            raise FloatingPointError(f"update {update} is no longer finite: try smaller rates")
         yield row | {"seconds": time.perf_counter() - start} | own_figures
 
 
 def report(policy, theta_old, batch, experience):
-    """Figures of an update; compare.py saves all, main prints some. explained_variance: 1 if V had
-    predicted the targets but for a constant error, 0 if no better than a constant does."""
+    """Figures of an update. (compare.py saves all of them, `main` prints some.)"""
     logits, _ = forward(policy, batch.states)
     returns = experience.env.return_queue  # of the last 100 finished episodes, not discounted
     entropies = -(np.exp(batch.log_probs_old) * batch.log_probs_old).sum(axis=1)  # [B], in nats
     variance = float(batch.targets.var())
-    unexplained = float((batch.targets - batch.values).var())  # before the fit
+    unexplained = float((batch.targets - batch.values).var())  # by V, before its fit
     return {
         "episodes": int(experience.env.episode_count),
         "episode_return": float(np.mean(returns)) if returns else np.nan,
