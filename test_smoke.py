@@ -85,14 +85,15 @@ def expect(what, actual, expected, tolerance=1e-9, size=0, where=None):
     if (np.abs(actual + expected) <= limit).all():
         fail(f"{what}: sign reversed, everywhere")
     factor = np.vdot(actual, expected) / max(np.vdot(expected, expected), 1e-300)
-    if factor != 0 and (np.abs(actual / factor - expected) <= limit).all():
-        batch = np.isclose(abs(size), [abs(factor), 1 / abs(factor)]).any()
+    plain = 1e-3 < abs(factor) < 1e3 and abs(factor - 1) > 1e-3
+    if plain and (np.abs(actual / factor - expected) <= limit).all():
+        batch = size and np.isclose(size, [abs(factor), 1 / abs(factor)]).any()
         reason = f": the batch has {size} samples" if batch else ""
         fail(f"{what}: {factor:.4g} times the expected, everywhere{reason}")
     if where:
         fail(f"{what}: {where(actual, wrong, expected)}")
     i = tuple(np.argwhere(wrong)[0].tolist())
-    fail(f"{what}: {wrong.mean():.0%} wrong, at {i} {actual[i]:.6g}, expected {expected[i]:.6g}")
+    fail(f"{what}: {wrong.sum()} wrong, at {i} {actual[i]:.9g}, expected {expected[i]:.9g}")
 
 
 # --- The definitions ------------------------------------------------------------------------------
@@ -133,7 +134,7 @@ class Example:
         self.policy = script.Network((3, 5, 4), 1.0, rng)
         self.policy.theta = self.theta
         self.states = frozen(rng.standard_normal((size, 3)))
-        self.actions = frozen(rng.integers(4, size=size))
+        self.actions = frozen(rng.integers(4 if size > 5 else 3, size=size))  # some not taken
         self.advantages = frozen(rng.standard_normal(size) + 0.3)
         self.targets = self.advantages
         self.log_probs_old = frozen(log_probs_of(self.theta, self.states))
@@ -249,10 +250,12 @@ def test_gae(script, gamma, gae_lambda):
         actual = actual.copy()
         actual[1:] = np.where((terminated | truncated)[:-1], expected[1:], actual[1:])
 
-    def where(_, wrong, __):
+    def where(actual, wrong, expected):
         t, n = np.argwhere(wrong)[-1]  # a mistake spreads to the rows before
         end = "truncated" if truncated[t, n] else "terminated" if terminated[t, n] else "going on"
-        return f"from the last row back right up to t={t}, n={n}, where an episode was {end}"
+        return (
+            f"{actual[t, n]:g} at t={t}, n={n}, where an episode was {end}, not {expected[t, n]:g}"
+        )
 
     expect(f"gamma {gamma}, lambda {gae_lambda}", actual, expected, 1e-5, where=where)
 
@@ -261,8 +264,8 @@ def test_gae(script, gamma, gae_lambda):
 @pytest.mark.parametrize("clip", [0.2, 0, 1.5, float("inf")])
 def test_clipped_surrogate_gradient(script, clip):
     """The derivative of min(r A, clip(r) A) by r, for both signs of A, on both sides of a clip."""
-    ratio = frozen(np.repeat([0.1, 0.7, 0.9, 1.1, 1.3, 4.0], 3))
-    advantages = frozen(np.tile([-0.4, 0.0, 5.0], 6))
+    ratio = frozen(np.repeat([0.1, 0.7, 0.9, 1.0, 1.1, 1.3, 4.0], 3))  # at 1, the edge of clip 0: A
+    advantages = frozen(np.tile([-0.4, 0.0, 5.0], 7))
 
     def where(actual, wrong, expected):
         i = np.flatnonzero(wrong)[0]
@@ -322,7 +325,7 @@ def test_conjugate_gradient(script, iterations, scale):
 
     def where(x, _, expected):
         shares = [np.linalg.norm(b - M @ end) / np.linalg.norm(b) for end in (x, expected)]
-        return "it ends where |b - M x| is {:.3g} of |b|, expected {:.3g}".format(*shares)
+        return "it ends where |b - M x| is {:.6g} of |b|, expected {:.6g}".format(*shares)
 
     x = script.conjugate_gradient(M.dot, b, iterations)
     expect(f"at most {iterations} iterations, b of size {scale:g}", x, expected, where=where)
@@ -373,7 +376,7 @@ def test_line_search(script, search, mean):
     place = list(places)[taken]
     logits, _ = script.forward(example.policy, example.states)
     reached = [at for at in places if np.allclose(logits, outputs_of(places[at], example.states))]
-    problem = f"\nL grows by {gains}\nKL: {np.round(kls, 4)}\n{settings}"
+    problem = f"\nin trials 0 to 5, L grows by {gains}\nand the KL is {kls}\n{settings}"
     if place not in reached:
         fail(f"the policy is at {reached or 'no trial'}, expected {place}{problem}")
     if taken == -1 and example.policy.theta.tobytes() != example.theta.tobytes():
@@ -517,7 +520,7 @@ def test_update_policy_takes_the_natural_step(script, damping):
     for scale in (1e-3, 1e3, 0):
         example.advantages = scale * Example(script).advantages
         scaled, figures = example.update(**own)
-        expect(f"step for A * {scale:g}", scaled, step * (scale > 0), 1e-6)
+        expect(f"step for A * {scale:g}", scaled, step * (scale > 0), 1e-5)
     assert figures == {"surrogate_gain": 0, "backtracks": 0}  # without any A
 
 
@@ -559,7 +562,6 @@ def test_train_learns(script):
     rows = list(script.train(settings, policy))
     returns = script.evaluate(policy, script.make_env(settings, 20), np.random.default_rng(0))
     assert rows[0]["entropy"] > 0.69 and rows[-1]["episode_return"] > 100 and returns.mean() > 200
-    assert policy.theta.dtype == np.float32
     if hasattr(script, "line_search"):
         assert max(row["kl"] for row in rows) <= 1.001 * settings.delta
         assert all(row["surrogate_gain"] > 0 or row["step_norm"] == 0 for row in rows)
@@ -597,4 +599,4 @@ def test_shared_parts_are_the_same():
         for piece, first in zip(pieces, parts[0]):
             if piece != first:
                 what = re.search(r"(def|class) \w+|$", piece + first)[0] or "the beginning"
-                fail(f"{what} differs in {name}.py and {names[0]}.py: expected in an open exercise")
+                fail(f"{what} differs in {name}.py and {names[0]}.py: so be it in your exercise")
