@@ -85,11 +85,10 @@ def expect(what, actual, expected, tolerance=1e-9, size=0, where=None):
     if (np.abs(actual + expected) <= limit).all():
         fail(f"{what}: sign reversed, everywhere")
     factor = np.vdot(actual, expected) / max(np.vdot(expected, expected), 1e-300)
-    plain = 1e-3 < abs(factor) < 1e3 and abs(factor - 1) > 1e-3
-    if plain and (np.abs(actual / factor - expected) <= limit).all():
+    if 1e-3 < abs(factor) < 1e3 and (np.abs(actual / factor - expected) <= limit).all():
         batch = size and np.isclose(size, [abs(factor), 1 / abs(factor)]).any()
         reason = f": the batch has {size} samples" if batch else ""
-        fail(f"{what}: {factor:.4g} times the expected, everywhere{reason}")
+        fail(f"{what}: {factor:.7g} times the expected, everywhere{reason}")
     if where:
         fail(f"{what}: {where(actual, wrong, expected)}")
     i = tuple(np.argwhere(wrong)[0].tolist())
@@ -253,9 +252,8 @@ def test_gae(script, gamma, gae_lambda):
     def where(actual, wrong, expected):
         t, n = np.argwhere(wrong)[-1]  # a mistake spreads to the rows before
         end = "truncated" if truncated[t, n] else "terminated" if terminated[t, n] else "going on"
-        return (
-            f"{actual[t, n]:g} at t={t}, n={n}, where an episode was {end}, not {expected[t, n]:g}"
-        )
+        values = f"{actual[t, n]:.5g}, expected {expected[t, n]:.5g}"
+        return f"t={t}, n={n}, where an episode was {end}: {values}"
 
     expect(f"gamma {gamma}, lambda {gae_lambda}", actual, expected, 1e-5, where=where)
 
