@@ -9,21 +9,22 @@ gamma A(s_1, a_1). And so on: in the mean over pi's episodes,
     expected return of pi  =  expected return of pi_old  +  mean of sum_t gamma^t A(s_t, a_t)
 
 (Schulman et al. 2015, equation 1). But the batch is pi_old's. Its actions can be reweighted, by the
-ratio, pi(a|s; theta) / pi(a|s; theta_old): in each state sum_a pi A = sum_a pi_old * ratio * A. Its
-states cannot. Another policy meets other states, of which the batch says nothing; trust it only as
-long as pi acts almost like pi_old. With an estimate Â of A (and without gamma^t, as is usual), one
-might maximize the mean of ratio * Â: at theta_old, where ratio = 1, its gradient is REINFORCE's,
-with Â. To take away what would be gained by going far, PPO maximizes
+ratio, pi(a|s; theta) / pi(a|s; theta_old): in each state sum_a pi A = sum_a pi_old * ratio * A. For
+its states that would take the ratios of all earlier actions, too: much too noisy. So they stay,
+nearly right only while pi acts almost like pi_old. With an estimate Â of A (and without gamma^t, as
+is usual, lest late steps hardly count), one might maximize the mean of ratio * Â: at theta_old,
+where ratio = 1, its gradient is REINFORCE's, with Â. Instead, PPO maximizes
 
-    L(theta)  =  mean over the batch of  min( ratio * Â,  clipped ratio * Â ).
+    L(theta)  =  mean over the batch of  min( ratio * Â,  clipped ratio * Â ),
 
-with the clipped ratio = ratio, but at least 1 - clip and at most 1 + clip:
+where the clipped ratio is the ratio, but at least 1 - clip and at most 1 + clip:
     Â > 0, ratio > 1 + clip: likely enough,   the min is (1 + clip) * Â, its gradient 0
     Â < 0, ratio < 1 - clip: unlikely enough, the min is (1 - clip) * Â, its gradient 0
     otherwise the min is ratio * Â. What went too far to the wrong side is pulled back.
+So a row gains nothing by going far. It may go far all the same, as theta changes for other rows.
 
     repeat:  play a batch of steps with the policy                     (section 4)
-             estimate the advantages Â; set targets for V, Â + V       (section 5)
+             estimate the advantages Â; set targets for V: Â + V       (section 5)
              several times (epochs), for each part of the batch (minibatch):
                  change theta by Adam so that L grows                  (sections 6 and 2)
              fit V to its targets                                      (section 5)
@@ -78,8 +79,8 @@ class Network:
     def __init__(self, sizes, last_gain, rng):
         """The policy, or V: a tanh layer, a linear layer. All parameters are one vector, theta."""
         D, H, K = sizes
-        W1 = rng.standard_normal((D, H)) / np.sqrt(D)  # so outputs are about as large as inputs
-        W2 = rng.standard_normal((H, K)) / np.sqrt(H) * last_gain  # small gain, small outputs
+        W1 = rng.standard_normal((D, H)) / np.sqrt(D)  # a sum of D random terms grows as sqrt(D)
+        W2 = rng.standard_normal((H, K)) / np.sqrt(H) * last_gain  # scales the first outputs
         parts = [W1.ravel(), np.zeros(H), W2.ravel(), np.zeros(K)]  # the order of `unflatten`
         self.theta = np.concatenate(parts).astype(np.float32)  # [P]
         self.sizes = sizes
@@ -119,13 +120,13 @@ def backward(network, activations, grad_outputs):
 
 
 def adam(network, gradient, learning_rate):
-    """One step uphill (Kingma & Ba 2015, algorithm 1): each parameter moves by learning_rate if its
-    derivative has been steady, whatever its size, and by less if its sign has changed."""
+    """One step uphill (Kingma & Ba 2015, algorithm 1). m: mean of recent gradients, sqrt(v): their
+    usual size. Where they are steady, large or small, a parameter moves by about learning_rate."""
     network.adam_steps += 1
     network.adam_m = 0.9 * network.adam_m + 0.1 * gradient
     network.adam_v = 0.999 * network.adam_v + 0.001 * gradient**2
     # In adam_m a gradient of k steps ago has the weight 0.1 * 0.9^k. These weights add up to
-    # 1 - 0.9^steps; dividing by this makes it a mean. Likewise adam_v, of the squares.
+    # 1 - 0.9^steps; dividing by this makes it a mean. Likewise adam_v.
     m = network.adam_m / (1 - 0.9**network.adam_steps)
     v = network.adam_v / (1 - 0.999**network.adam_steps)
     network.theta = network.theta + learning_rate * m / (np.sqrt(v) + 1e-8)  # 1e-8: never 0 / 0
@@ -143,7 +144,7 @@ def sample_actions(policy, states, rng):
     logits, _ = forward(policy, states)
     ends = np.exp(log_softmax(logits)).cumsum(axis=1)  # [N, K], where the parts end
     points = rng.random((len(states), 1))
-    return (points > ends[:, :-1]).sum(axis=1)  # the last end, 1, is rounded: leave it out
+    return (points > ends[:, :-1]).sum(axis=1)  # the last end is 1, but for rounding
 
 
 def kl(log_probs_old, log_probs_new):
@@ -209,15 +210,15 @@ class Experience:
 # --- 5. Values and advantages ---------------------------------------------------------------------
 def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     """Generalized advantage estimation (Schulman et al. 2016): Â [T, N]. values [T + 1, N] estimate
-    V, of the states played and of those the last row led to. The temporal-difference (TD) error
+    V, of the states in the T rows and of those the last row led to. The temporal-difference error
         td_error_t = r_t + gamma value(s_{t+1}) - value(s_t)
-    says how much better a step went than predicted. In td_error_t + gamma td_error_{t+1} cancels
-    value(s_{t+1}), and so does its error. More terms cancel more, to the end of episode or batch:
+    says how much better a step went than predicted. Add gamma td_error_{t+1}, and the sum is
+        r_t + gamma r_{t+1} + gamma^2 value(s_{t+2}) - value(s_t):  value(s_{t+1}) is gone.
+    The more one adds, the less depends on values that may be wrong, and the more on rewards, which
+    are noisy. As a compromise, the later ones are faded, by a lambda from 0 to 1:
         Â_t = td_error_t + gamma lambda td_error_{t+1} + (gamma lambda)^2 td_error_{t+2} + ...
-            = td_error_t + gamma lambda Â_{t+1}
-    If lambda = 1, there remain the discounted rewards, plus the value where they were cut off, less
-    value(s_t), a baseline: noisy, and wrong only as far as the value at the cut is.
-    If lambda = 0, td_error_t remains: less noise, but wrong as far as value(s_{t+1}) is."""
+            = td_error_t + gamma lambda Â_{t+1},   up to the end of the episode or batch.
+    (value(s_t) stays, but as a baseline: its error does not change the mean of the gradient.)"""
     # Terminated: nothing more is earned. Truncated: the episode would have gone on, as V predicts.
     next_values = np.where(terminated, 0, values[1:])  # row t + 1 holds where row t led
     td_errors = rewards + gamma * next_values - values[:-1]
@@ -242,12 +243,12 @@ def collect(experience, policy, value, settings, rng):
     batch.states = all_states[:-1][real]  # [B, D]
     batch.actions = actions[real]
     batch.values = values[:-1][real]  # V before it is fitted, for `report`
-    batch.targets = (advantages + values[:-1])[real]  # as Â estimates return - V: the return
+    batch.targets = (advantages + values[:-1])[real]  # Â + V estimates the return
     advantages = advantages[real]
     # Usual, though no theory asks for it: minus the mean, which acts as one more baseline; divided
-    # by the standard deviation, which makes L comparable, but hardly matters for the step.
+    # by the standard deviation, so that Adam gets batches of one scale (TRPO does not need it).
     batch.advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-    logits, _ = forward(policy, batch.states)  # once more: `play` keeps only the actions
+    logits, _ = forward(policy, batch.states)  # again, as `play` keeps only the actions
     batch.log_probs_old = log_softmax(logits)  # [B, K], old: of the policy that played
     return batch
 
@@ -280,7 +281,7 @@ def minibatch_step(policy, batch, chosen, settings, decay):
     logits, activations = forward(policy, batch.states[chosen])
     log_probs = log_softmax(logits)  # [b, K]
     log_ratios = log_probs - batch.log_probs_old[chosen]
-    ratio = np.exp(log_ratios[np.arange(len(chosen)), actions])  # [b]; in a first minibatch 1
+    ratio = np.exp(log_ratios[np.arange(len(chosen)), actions])  # [b]; at first all are 1
     slope = clipped_surrogate_gradient(ratio, batch.advantages[chosen], settings.clip)
     # By the chain rule: slope * gradient of the ratio, which is ratio * gradient of log pi.
     gradient = policy_gradient(policy, activations, log_probs, actions, slope * ratio)
@@ -289,8 +290,7 @@ def minibatch_step(policy, batch, chosen, settings, decay):
 
 
 def update_policy(policy, batch, settings, decay, rng):
-    """Several epochs over the batch. After each, look at the KL: even where the gradient is 0, a
-    ratio can be moved, by other rows and by Adam's memory."""
+    """Several epochs over the batch; after each, the KL says how far the policy has moved."""
     kls = []
     outside = []
     for _ in range(settings.epochs):
@@ -332,7 +332,7 @@ def train(settings, policy):
         steps += len(batch.actions)
         row = {"update": update, "steps": steps} | report(policy, theta_old, batch, experience)
         if not np.isfinite([policy.theta.sum(), value.theta.sum(), row["kl"]]).all():
-            raise FloatingPointError(f"update {update} is no longer finite: try smaller rates")
+            raise FloatingPointError(f"update {update} is no longer finite: lower some rate")
         yield row | {"seconds": time.perf_counter() - start} | own_figures
 
 

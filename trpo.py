@@ -9,17 +9,18 @@ gamma A(s_1, a_1). And so on: in the mean over pi's episodes,
     expected return of pi  =  expected return of pi_old  +  mean of sum_t gamma^t A(s_t, a_t)
 
 (equation 1 of the paper). But the batch is pi_old's. Its actions can be reweighted: in each state,
-sum_a pi A = sum_a pi_old (pi / pi_old) A. Its states cannot: of others, it says nothing; trust it
-only while pi acts almost like pi_old. With an estimate Â of A (without gamma^t, as usual):
+sum_a pi A = sum_a pi_old (pi / pi_old) A. For its states that would take the ratios of all earlier
+actions, too: much too noisy. They stay, nearly right only while pi acts almost like pi_old. With an
+estimate Â of A (and without gamma^t, as is usual, lest late steps hardly count):
 
     maximize    L(theta)  =  mean over the batch of  Â * pi(a|s; theta) / pi(a|s; theta_old)
     subject to  mean over its states of KL(pi_old || pi)  <=  delta
 
-L is the surrogate, the quotient the ratio, the bound the trust region: on KL (section 3), not on
-theta's change, as equal changes of theta can alter pi a lot, or not at all.
+L stands in for the return: it is called the surrogate, pi / pi_old the ratio, the set of allowed
+theta the trust region. Not the change of theta is bounded: it can alter pi a lot, or not at all.
 
     repeat:  play a batch of steps with the policy                         (section 4)
-             estimate the advantages Â; set targets for V, Â + V           (section 5)
+             estimate the advantages Â; set targets for V: Â + V           (section 5)
              change theta, in the best direction as far as KL <= delta     (section 6)
              fit V to its targets                                          (section 5)
 Run:  python trpo.py    Options:  python trpo.py --help    Schulman et al. 2015, arXiv:1502.05477
@@ -75,8 +76,8 @@ class Network:
     def __init__(self, sizes, last_gain, rng):
         """The policy, or V: a tanh layer, a linear layer. All parameters are one vector, theta."""
         D, H, K = sizes
-        W1 = rng.standard_normal((D, H)) / np.sqrt(D)  # so outputs are about as large as inputs
-        W2 = rng.standard_normal((H, K)) / np.sqrt(H) * last_gain  # small gain, small outputs
+        W1 = rng.standard_normal((D, H)) / np.sqrt(D)  # a sum of D random terms grows as sqrt(D)
+        W2 = rng.standard_normal((H, K)) / np.sqrt(H) * last_gain  # scales the first outputs
         parts = [W1.ravel(), np.zeros(H), W2.ravel(), np.zeros(K)]  # the order of `unflatten`
         self.theta = np.concatenate(parts).astype(np.float32)  # [P]
         self.sizes = sizes
@@ -116,13 +117,13 @@ def backward(network, activations, grad_outputs):
 
 
 def adam(network, gradient, learning_rate):
-    """One step uphill (Kingma & Ba 2015, algorithm 1): each parameter moves by learning_rate if its
-    derivative has been steady, whatever its size, and by less if its sign has changed."""
+    """One step uphill (Kingma & Ba 2015, algorithm 1). m: mean of recent gradients, sqrt(v): their
+    usual size. Where they are steady, large or small, a parameter moves by about learning_rate."""
     network.adam_steps += 1
     network.adam_m = 0.9 * network.adam_m + 0.1 * gradient
     network.adam_v = 0.999 * network.adam_v + 0.001 * gradient**2
     # In adam_m a gradient of k steps ago has the weight 0.1 * 0.9^k. These weights add up to
-    # 1 - 0.9^steps; dividing by this makes it a mean. Likewise adam_v, of the squares.
+    # 1 - 0.9^steps; dividing by this makes it a mean. Likewise adam_v.
     m = network.adam_m / (1 - 0.9**network.adam_steps)
     v = network.adam_v / (1 - 0.999**network.adam_steps)
     network.theta = network.theta + learning_rate * m / (np.sqrt(v) + 1e-8)  # 1e-8: never 0 / 0
@@ -140,7 +141,7 @@ def sample_actions(policy, states, rng):
     logits, _ = forward(policy, states)
     ends = np.exp(log_softmax(logits)).cumsum(axis=1)  # [N, K], where the parts end
     points = rng.random((len(states), 1))
-    return (points > ends[:, :-1]).sum(axis=1)  # the last end, 1, is rounded: leave it out
+    return (points > ends[:, :-1]).sum(axis=1)  # the last end is 1, but for rounding
 
 
 def kl(log_probs_old, log_probs_new):
@@ -206,15 +207,15 @@ class Experience:
 # --- 5. Values and advantages ---------------------------------------------------------------------
 def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     """Generalized advantage estimation (Schulman et al. 2016): Â [T, N]. values [T + 1, N] estimate
-    V, of the states played and of those the last row led to. The temporal-difference (TD) error
+    V, of the states in the T rows and of those the last row led to. The temporal-difference error
         td_error_t = r_t + gamma value(s_{t+1}) - value(s_t)
-    says how much better a step went than predicted. In td_error_t + gamma td_error_{t+1} cancels
-    value(s_{t+1}), and so does its error. More terms cancel more, to the end of episode or batch:
+    says how much better a step went than predicted. Add gamma td_error_{t+1}, and the sum is
+        r_t + gamma r_{t+1} + gamma^2 value(s_{t+2}) - value(s_t):  value(s_{t+1}) is gone.
+    The more one adds, the less depends on values that may be wrong, and the more on rewards, which
+    are noisy. As a compromise, the later ones are faded, by a lambda from 0 to 1:
         Â_t = td_error_t + gamma lambda td_error_{t+1} + (gamma lambda)^2 td_error_{t+2} + ...
-            = td_error_t + gamma lambda Â_{t+1}
-    If lambda = 1, there remain the discounted rewards, plus the value where they were cut off, less
-    value(s_t), a baseline: noisy, and wrong only as far as the value at the cut is.
-    If lambda = 0, td_error_t remains: less noise, but wrong as far as value(s_{t+1}) is."""
+            = td_error_t + gamma lambda Â_{t+1},   up to the end of the episode or batch.
+    (value(s_t) stays, but as a baseline: its error does not change the mean of the gradient.)"""
     # Terminated: nothing more is earned. Truncated: the episode would have gone on, as V predicts.
     next_values = np.where(terminated, 0, values[1:])  # row t + 1 holds where row t led
     td_errors = rewards + gamma * next_values - values[:-1]
@@ -239,12 +240,12 @@ def collect(experience, policy, value, settings, rng):
     batch.states = all_states[:-1][real]  # [B, D]
     batch.actions = actions[real]
     batch.values = values[:-1][real]  # V before it is fitted, for `report`
-    batch.targets = (advantages + values[:-1])[real]  # as Â estimates return - V: the return
+    batch.targets = (advantages + values[:-1])[real]  # Â + V estimates the return
     advantages = advantages[real]
     # Usual, though no theory asks for it: minus the mean, which acts as one more baseline; divided
-    # by the standard deviation, which makes L comparable, but hardly matters for the step.
+    # by the standard deviation, so that Adam gets batches of one scale (TRPO does not need it).
     batch.advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-    logits, _ = forward(policy, batch.states)  # once more: `play` keeps only the actions
+    logits, _ = forward(policy, batch.states)  # again, as `play` keeps only the actions
     batch.log_probs_old = log_softmax(logits)  # [B, K], old: of the policy that played
     return batch
 
@@ -261,14 +262,14 @@ def fit_value(value, batch, settings, decay, rng):
 
 
 # --- 6. The update --------------------------------------------------------------------------------
-# The gradient of a ratio is ratio * gradient of log pi, and at theta_old every ratio is 1. So the
-# gradient g of L is REINFORCE's there, with Â. The KL is 0 there, its least value, so its gradient
-# is 0. Let F [P, P] hold its second derivatives. For a small step (Taylor)
-#     L grows by about  g . step,    and the KL by about  step . F step / 2.
-# Alter the best step with KL = delta by a tiny e: L changes by g . e, the KL by (F step) . e. If
-# this were 0 for an e, but not g . e, then e or -e would make L larger. So all e at right angles
-# to F step are at right angles to g: F step is a multiple of g. With F x = g, step is c x for a c,
-# and its KL, c^2 x . F x / 2, is delta if c = sqrt(2 delta / (x . F x)).
+# The gradient of a ratio is ratio * gradient of log pi. At theta_old, where every ratio is 1, the
+# gradient g of L is thus REINFORCE's, with Â. The mean KL has its least value there, 0, and so the
+# gradient 0. Let F [P, P] hold its second derivatives. A small step (Taylor) makes
+#     L grow by about  g . step,    and the KL by about  step . F step / 2.
+# Of all steps with KL = delta, the best one (Lagrange) is where the gradients of both are parallel:
+# g = mu F step, with mu > 0, as L is to grow. (Were they not, g would have a part along the surface
+# KL = delta, and a move that way would gain.) So step = c x, where F x = g, and c > 0. And its KL,
+# c^2 x . F x / 2, is delta if c = sqrt(2 delta / (x . F x)).  x is called the natural gradient.
 def jacobian_vector_product(policy, activations, vector):
     """J v [B, K], J = dz/dtheta: how fast the logits z change as theta moves along v [P]. The parts
     of v are changes of W1, b1, W2, b2. Each line of `forward` is differentiated."""
@@ -281,12 +282,13 @@ def jacobian_vector_product(policy, activations, vector):
 
 
 def fisher_vector_product(policy, activations, probs, vector):
-    """F v [P]. F, the Fisher matrix, holds the second derivatives by theta of the mean KL. For one
-    state, with logits z, p = pi(.|s; theta) and J = dz/dtheta [K, P]:
+    """F v [P]. F, the Fisher matrix, holds the mean KL's second derivatives by theta, at theta_old.
+    For one state, with logits z, p = pi(.|s; theta) and J = dz/dtheta [K, P]:
         KL = const - sum_k p_old_k log p_k = const - sum_k p_old_k z_k + log sum_j exp(z_j)
-        dKL/dz = p - p_old,    dKL/dtheta = J^T (p - p_old),    dp/dz = diag(p) - p p^T
-    To differentiate J^T (p - p_old): the change of J^T is multiplied by p - p_old, 0 at theta_old.
-    The change of p remains:  F = J^T dp/dz J.  F has P^2 entries. F v costs about two gradients."""
+        dKL/dz = p - p_old,    and by the chain rule dKL/dtheta = J^T (p - p_old)
+        dp_k/dz_j = p_k (1 if j = k, else 0) - p_k p_j,    the matrix diag(p) - p p^T
+    Differentiated as a product, J^T (p - p_old) gives a term with p - p_old, 0 at theta_old, and
+    J^T dp/dz J. So F = J^T (diag(p) - p p^T) J: P^2 entries. F v costs about two gradients."""
     d_logits = jacobian_vector_product(policy, activations, vector)  # J v
     mean = (probs * d_logits).sum(axis=1, keepdims=True)  # p^T J v
     d_probs = probs * (d_logits - mean)  # (diag(p) - p p^T) J v
@@ -296,35 +298,33 @@ def fisher_vector_product(policy, activations, probs, vector):
 def conjugate_gradient(product, b, iterations):
     """Solve M x = b from product(v) = M v; M is symmetric, and v . M v > 0. Stop after `iterations`
     rounds, or when the residual r = b - M x is at most 1e-5 times as long as b (also if b = 0).
-    f(x) = b . x - x . M x / 2 has the gradient r, so it is largest at the solution. Climb from 0:
-    f(x + alpha d) = f(x) + alpha r . d - alpha^2 d . M d / 2, so along a direction d the top is at
-        alpha = r . d / (d . M d) = r . r / (d . M d),    and there  r_new . d = 0.       (1)
-    Next, d_new = r_new + beta d with d_new . M d = 0: then the slope along d stays 0,
-        beta = -r_new . M d / (d . M d) = r_new . r_new / (r . r).                           (2)
-    The second forms hold as d = r + beta_old d_old, (1) and (2) make r . d_old and r_new . r 0, and
-    M d = (r - r_new) / alpha. Slopes once 0 stay 0: P rounds reach the top, a few come near."""
+    f(x) = b . x - x . M x / 2 has the gradient r, so it is largest where M x = b. Climb from x = 0:
+    alpha   Along a direction d, f grows by alpha r . d - alpha^2 d . M d / 2. The top of this is at
+            alpha = r . d / (d . M d). There f is level along d: r . d = 0.
+    beta    A move along the next direction, r + beta d, changes r by a multiple of M (r + beta d).
+            That r . d stays 0, let (r + beta d) . M d = 0, so beta = -r . M d / (d . M d).
+    (It stays 0 for all earlier d: Nocedal & Wright 2006, theorem 5.3. P rounds would be exact.)"""
     x = np.zeros_like(b)
     residual = b
     direction = b
-    squared = residual @ residual
     for _ in range(iterations):
-        if squared <= 1e-10 * (b @ b):  # squares of the lengths
+        if residual @ residual <= 1e-10 * (b @ b):  # squares of the lengths
             break
         M_direction = product(direction)
-        alpha = squared / (direction @ M_direction)
+        curvature = direction @ M_direction
+        alpha = (residual @ direction) / curvature
         x = x + alpha * direction
         residual = residual - alpha * M_direction
-        beta = (residual @ residual) / squared
+        beta = -(residual @ M_direction) / curvature
         direction = residual + beta * direction
-        squared = residual @ residual
     return x
 
 
 def line_search(policy, full_step, batch, settings):
     """full_step rests on approximations: here KL and L are measured. Take the first of full_step *
     backtrack_factor^n, n = 0 to max_backtracks, with KL <= delta and a larger L (or, without
-    settings.line_search, the first). Return L's growth, and n. If none will do, theta stays exactly
-    as it was, L's growth is 0, and n is max_backtracks."""
+    settings.line_search, the first). Return L's growth, and n. If none will do, theta stays as it
+    was, to the bit, L's growth is 0, and n is max_backtracks."""
     theta_old = policy.theta
     for backtracks in range(settings.max_backtracks + 1):
         policy.theta = theta_old + settings.backtrack_factor**backtracks * full_step
@@ -341,8 +341,8 @@ def line_search(policy, full_step, batch, settings):
 
 
 def update_policy(policy, batch, settings, decay, rng):
-    """The step above, then the line search. If the KL hardly changes along v, F v is near 0, and x
-    huge along v, where Taylor is wrong. So F + damping I replaces F; it overrates the KL a bit."""
+    """The step c x, then the line search. If the KL hardly changes along v, F v is near 0, and x is
+    huge along v, where Taylor is wrong. So F + damping I replaces F, which overrates the KL."""
     _, activations = forward(policy, batch.states)
     g = policy_gradient(policy, activations, batch.log_probs_old, batch.actions, batch.advantages)
     probs = np.exp(batch.log_probs_old)
@@ -384,7 +384,7 @@ def train(settings, policy):
         steps += len(batch.actions)
         row = {"update": update, "steps": steps} | report(policy, theta_old, batch, experience)
         if not np.isfinite([policy.theta.sum(), value.theta.sum(), row["kl"]]).all():
-            raise FloatingPointError(f"update {update} is no longer finite: try smaller rates")
+            raise FloatingPointError(f"update {update} is no longer finite: lower some rate")
         yield row | {"seconds": time.perf_counter() - start} | own_figures
 
 

@@ -30,7 +30,7 @@ FAULTS = [
     # cleanrl 499: Gymnasium 1.0 resets one step later than before
     ("vpg", "collect", "self.resetting = terminated", "self.resetting = False & terminated"),
     # several: all advantages equal, or a zero gradient, divide by zero
-    ("trpo", "conjugate", "if squared <= 1e-10", "if squared < 1e-10"),
+    ("trpo", "conjugate", "residual @ residual <= 1e-10", "residual @ residual < 1e-10"),
     ("trpo", "update_policy", "if curvature <= 0:", "if curvature < 0:"),
     # several: GAE wrong in the batch's first or last row
     ("trpo", "gae", "reversed(range(len(rewards)))", "reversed(range(1, len(rewards)))"),
