@@ -2,26 +2,23 @@
 # requires-python = ">=3.10"
 # dependencies = ["numpy>=1.26", "gymnasium>=1.0", "matplotlib>=3.8"]
 # ///
-"""Train variants of the scripts beside this file with several seeds, and compare them.
+"""Which variant of a script learns, how reliably, and how far does each update move its policy? One
+run proves little, since luck decides much. So each variant is trained with several seeds.
 
     python compare.py                                    vpg, trpo and ppo as they are
-    python compare.py ppo "ppo --clip inf" --seeds 10    two variants: a script and its options
+    python compare.py ppo "ppo --clip inf" --seeds 10    two variants: scripts with options
     python compare.py compare.csv                        draw again what was trained
-    python compare.py compare.csv "ppo --clip 0.1"       train one more and draw all
+    python compare.py compare.csv "ppo --clip 0.1"       train one more, and add it to compare.csv
 
-A run trains one variant with one seed; each of its updates gives a row of numbers. The rows of all
-runs go to a CSV file, and table and picture are made from these rows and from nothing else:
-
-    variants (section 1)  ->  runs (2)  ->  CSV (3)  ->  table (4) and picture (5)
-Variants are known by name, such as "ppo --clip inf". --steps is not in it: whoever draws several
-.csv files together sees to it that their runs are equally long.
+A run trains one variant with one seed. Each of its updates gives a row of numbers:
+    variants (section 1)  ->  runs (2)  ->  rows, saved as CSV (3)  ->  table (4) and picture (5)
+A variant's name holds neither --steps nor --env: combine only runs in which these agree.
 """
 
 import os
 import signal
 
-# Each run has a process of its own, which imports this file, too, under the name __mp_main__.
-# Ctrl-C reaches every process, but the main one is to handle it: the others shall ignore it.
+# Each run is a process that imports this file, as __mp_main__. Ctrl-C is for the main process only.
 if __name__ == "__mp_main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for speed: one thread suits small arrays
@@ -41,8 +38,8 @@ from pathlib import Path
 
 import numpy as np
 
-# The columns of numbers that are used below. episode_return: the mean return of the last 100
-# episodes. kl, step_norm: how far the update moved the policy (mean KL(old || new), nats) and theta.
+# The numbers used below. episode_return: mean of the last 100 episodes. kl: how differently the
+# policy acts after the update, sum_a old log(old / new), mean over states; step_norm: theta's move.
 NUMBERS = ["update", "steps", "episodes", "episode_return", "kl", "step_norm", "seconds"]
 NO_NUMBERS = dict.fromkeys(NUMBERS, "")  # for a run that fails before its first update
 
@@ -55,7 +52,7 @@ def refuse(message):
 
 
 def parse(argv=None):
-    """The options. Arguments that end in .csv become `files`. No usage: errors are to be one line."""
+    """The options. What ends in .csv becomes `files`. No usage text: errors are to be one line."""
     parser = argparse.ArgumentParser("compare.py", usage=argparse.SUPPRESS, allow_abbrev=False)
     parser.add_argument("variants", nargs="*", default=["vpg", "trpo", "ppo"], help="or a .csv")
     parser.add_argument("--seeds", type=int, default=5, help="runs of each variant (default: 5)")
@@ -89,13 +86,13 @@ def check(options):
 
 
 def read_variant(text, options):
-    """A variant's labels, the first cells of each row of its first run; and all settings as text."""
+    """Its labels, the first cells of its rows; and all settings, as text, to know equal variants."""
     script, *typed = text.split() or [""]  # "ppo --clip 0.1" -> "ppo" and ["--clip", "0.1"]
     script = script.removesuffix(".py")
     scripts = {path.stem for path in Path(__file__).parent.glob("*.py")} - {"compare", "test_smoke"}
     if script not in scripts:
         refuse(f"no script {script!r} beside compare.py; there are: {', '.join(sorted(scripts))}")
-    module = import_module(script)  # with parse, make_env, initial_policy and train
+    module = import_module(script)  # parse, make_env, initial_policy; train yields dicts of numbers
     try:
         with redirect_stderr(StringIO()) as printed:
             settings = module.parse([*options.shared, *typed])
@@ -172,7 +169,7 @@ def train_all(variants, options):
             labels = variant | {"seed": str(int(variant["seed"]) + number)}
             receiver, sender = spawn.Pipe(duplex=False)
             spawn.Process(target=train, args=(labels, options.shared, sender), daemon=True).start()
-            sender.close()  # now only the new process has it: if that ends early, EOFError comes
+            sender.close()  # ours; when the run's is closed, too, the pipe ends: EOFError
             running[receiver] = labels
         for receiver in multiprocessing.connection.wait(running):
             labels = running.pop(receiver)
@@ -254,12 +251,12 @@ def solved_after(run):
 
 
 def has_collapsed(run):
-    """Whether a run once lost half of its gain, that is, how far its best return so far lies above
-    its first one over 100 episodes. Less than a fifth of the way to the threshold is no gain."""
+    """Whether a run lost half of its gain again. Gain: its best return so far less its first one over
+    100 episodes. Less than a fifth of the way to the threshold is taken for noise."""
     returns = column(run, "episode_return")[column(run, "episodes") >= 100]
     for best, now in zip(np.maximum.accumulate(returns), returns):
         gain = best - returns[0]
-        enough = gain > 0 and gain >= (float(run[0]["threshold"] or "inf") - returns[0]) / 5
+        enough = gain > 0 and gain >= abs(float(run[0]["threshold"] or "inf") - returns[0]) / 5
         if enough and best - now >= gain / 2:
             return True
     return False
@@ -275,13 +272,14 @@ def summarize(rows):
     runs = list(group(rows, "seed").values())
     learning = [run[: solved_after(run)] for run in runs]  # all of a run if that is None
     solved = [run[solved_after(run) - 1] for run in runs if solved_after(run)]
+    never = [np.inf] * (len(runs) - len(solved))
     ends = [run[-1] for run in runs]
     returns = np.sort([number for number in column(ends, "episode_return") if np.isfinite(number)])
     quarter = len(returns) // 4
-    middle = returns[quarter : len(returns) - quarter]  # one lucky seed shall count little
+    middle = returns[quarter : len(returns) - quarter]
     summary = {
         "solved": f"{len(solved)}/{len(runs)}",
-        "median step": as_text(np.median, column(solved, "steps"), ",.0f"),  # of the solved runs
+        "median step": as_text(np.median, [*column(solved, "steps"), *never], ",.0f"),
         "final": as_text(np.mean, middle, ".4g"),  # interquartile mean of the last returns
         "(range)": f"{as_text(min, returns, '.4g')} to {as_text(max, returns, '.4g')}",
         "learning KL": as_text(np.median, column(chain(*learning), "kl"), ".2g"),  # until solved
@@ -295,11 +293,13 @@ def summarize(rows):
 
 
 def table(rows):
-    """A line per variant, 100 columns wide. A name that is too long has a line to itself."""
+    """A line per variant, 100 columns wide. A name that is too long has lines to itself."""
     layout = "{:<18}{:>7}{:>12}{:>7}{:>17}{:>12}{:>8}{:>10}{:>9}"
     lines = []
     for name, variant_rows in group(rows, "variant").items():
         summary = summarize(variant_rows)
+        if any(row["error"] for row in variant_rows):
+            name += " (runs failed)"
         if not lines:
             lines.append(layout.format("variant", *summary))  # the headings
         if len(name) > 17:
@@ -342,7 +342,7 @@ def draw_curve(axis, rows, name, style):
     for window in np.unique(windows[finite]):
         inside = finite & (windows == window)
         points.append([steps[inside].mean(), *np.percentile(numbers[inside], (25, 50, 75))])
-    steps, low, middle, high = np.reshape(points, (-1, 4)).T  # -1: as many as there are, even 0
+    steps, low, middle, high = np.reshape(points, (-1, 4)).T  # a row per window, maybe none
     axis.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
     axis.plot(steps, middle, linewidth=2, marker="o", markersize=3, **style)
 
@@ -361,7 +361,7 @@ def label_axes(panels, rows):
 
 
 def mark_slice(axis, distances, kl):
-    """Mark the steps of about the median length, those of all variants together, and their KL."""
+    """Mark updates, of all variants, that move the weights equally far, and the range of their KL."""
     axis.set_title("Are equal steps in weights equal in behavior?")
     axis.set(xlim=(1e-4, max(10, max(distances))), xscale="log", xlabel=r"$\|\Delta\theta\|_2$")
     moved = kl > SMALL
@@ -370,7 +370,7 @@ def mark_slice(axis, distances, kl):
         inside = kl[moved & (0.9 * middle < distances) & (distances < 1.1 * middle)]
         axis.axvspan(0.9 * middle, 1.1 * middle, color="0.85", zorder=0)
         axis.vlines(middle, min(inside), max(inside), color="black", linewidth=2)
-        text = f"all steps of {middle:.2g} ± 10 %:\nKL {min(inside):.1g} to {max(inside):.1g}"
+        text = f"steps of {middle:.2g} ± 10 %:\nKL {min(inside):.1g} to {max(inside):.1g}"
         axis.text(0.03, 0.97, text, va="top", transform=axis.transAxes)
 
 

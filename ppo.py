@@ -9,11 +9,12 @@ gamma A(s_1, a_1). And so on: in the mean over pi's episodes,
     expected return of pi  =  expected return of pi_old  +  mean of sum_t gamma^t A(s_t, a_t)
 
 (Schulman et al. 2015, equation 1). But the batch is pi_old's. Its actions can be reweighted, by the
-ratio, pi(a|s; theta) / pi(a|s; theta_old): in each state sum_a pi A = sum_a pi_old * ratio * A. For
-its states that would take the ratios of all earlier actions, too: much too noisy. So they stay,
-nearly right only while pi acts almost like pi_old. With an estimate Â of A (and without gamma^t, as
-is usual, lest late steps hardly count), one might maximize the mean of ratio * Â: at theta_old,
-where ratio = 1, its gradient is REINFORCE's, with Â. Instead, PPO maximizes
+ratio pi(a|s; theta) / pi(a|s; theta_old): in each state, sum_a pi A = sum_a pi_old * ratio * A. To
+reweight its states, one would need the product of the ratios of all earlier actions: much too
+noisy. So pi_old's states are kept, and that is nearly right only while pi acts almost like pi_old.
+With an estimate Â of A (and without gamma^t, as is usual) one might maximize the mean of ratio * Â.
+At theta_old, where ratio = 1, its gradient is REINFORCE's, with Â. But then, for a good action, a
+larger ratio is always better, however far from pi_old. So PPO maximizes
 
     L(theta)  =  mean over the batch of  min( ratio * Â,  clipped ratio * Â ),
 
@@ -21,10 +22,10 @@ where the clipped ratio is the ratio, but at least 1 - clip and at most 1 + clip
     Â > 0, ratio > 1 + clip: likely enough,   the min is (1 + clip) * Â, its gradient 0
     Â < 0, ratio < 1 - clip: unlikely enough, the min is (1 - clip) * Â, its gradient 0
     otherwise the min is ratio * Â. What went too far to the wrong side is pulled back.
-So a row gains nothing by going far. It may go far all the same, as theta changes for other rows.
+So no row gains by going far. It may go far all the same, as theta is changed for other rows, too.
 
     repeat:  play a batch of steps with the policy                     (section 4)
-             estimate the advantages Â; set targets for V: Â + V       (section 5)
+             estimate Â; set targets for V: Â + V; normalize Â         (section 5)
              several times (epochs), for each part of the batch (minibatch):
                  change theta by Adam so that L grows                  (sections 6 and 2)
              fit V to its targets                                      (section 5)
@@ -51,7 +52,7 @@ class Settings:
     seed: int = option(0, "seed of all random numbers", 0)
     steps: int = option(150_000, "environment steps to train for (the last batch is completed)", 1)
     num_envs: int = option(16, "environments that run side by side", 1)
-    horizon: int = option(48, "how often each environment is stepped for a batch", 2)
+    horizon: int = option(48, "steps of each environment in a batch", 2)
     gamma: float = option(0.99, "discount factor", 0, 1)
     gae_lambda: float = option(0.99, "lambda of `gae`: 0 relies on V, 1 on the rewards", 0, 1)
     hidden: int = option(64, "units in the hidden layer", 1)
@@ -79,8 +80,8 @@ class Network:
     def __init__(self, sizes, last_gain, rng):
         """The policy, or V: a tanh layer, a linear layer. All parameters are one vector, theta."""
         D, H, K = sizes
-        W1 = rng.standard_normal((D, H)) / np.sqrt(D)  # a sum of D random terms grows as sqrt(D)
-        W2 = rng.standard_normal((H, K)) / np.sqrt(H) * last_gain  # scales the first outputs
+        W1 = rng.standard_normal((D, H)) / np.sqrt(D)  # as a sum of D random terms grows as sqrt(D)
+        W2 = rng.standard_normal((H, K)) / np.sqrt(H) * last_gain  # if small, so are the outputs
         parts = [W1.ravel(), np.zeros(H), W2.ravel(), np.zeros(K)]  # the order of `unflatten`
         self.theta = np.concatenate(parts).astype(np.float32)  # [P]
         self.sizes = sizes
@@ -140,11 +141,11 @@ def log_softmax(logits):
 
 def sample_actions(policy, states, rng):
     """Draw an action for each state: cut the line from 0 to 1 into a part for each action, which is
-    as long as its probability, and pick a point. Count the parts that end before it."""
+    as long as its probability, and pick a point. As many parts end before it as the action says."""
     logits, _ = forward(policy, states)
     ends = np.exp(log_softmax(logits)).cumsum(axis=1)  # [N, K], where the parts end
     points = rng.random((len(states), 1))
-    return (points > ends[:, :-1]).sum(axis=1)  # the last end is 1, but for rounding
+    return (points > ends[:, :-1]).sum(axis=1)  # but the last end, which is 1
 
 
 def kl(log_probs_old, log_probs_new):
@@ -155,7 +156,7 @@ def kl(log_probs_old, log_probs_new):
 
 def policy_gradient(policy, activations, log_probs, actions, coefficients):
     """Gradient, with respect to theta [P], of  mean over the batch of coefficient * log pi(a|s).
-    The coefficients [B] (such as Â) are numbers here; they are not differentiated. With logits z,
+    The coefficients [B] are fixed numbers. (In ppo.py, the chain rule makes them.) With logits z,
     log pi(a|s) = z_a - log sum_j exp(z_j). So d log pi(a|s) / dz_k is
     (1 if k = a, else 0) - exp(z_k) / sum_j exp(z_j), that is, (1 if k = a, else 0) - pi(k|s)."""
     grad_log_prob = -np.exp(log_probs)  # [B, K]
@@ -210,22 +211,22 @@ class Experience:
 # --- 5. Values and advantages ---------------------------------------------------------------------
 def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     """Generalized advantage estimation (Schulman et al. 2016): Â [T, N]. values [T + 1, N] estimate
-    V, of the states in the T rows and of those the last row led to. The temporal-difference error
+    V, of the states in the T rows and of those the last led to. The temporal-difference (TD) error
         td_error_t = r_t + gamma value(s_{t+1}) - value(s_t)
     says how much better a step went than predicted. Add gamma td_error_{t+1}, and the sum is
         r_t + gamma r_{t+1} + gamma^2 value(s_{t+2}) - value(s_t):  value(s_{t+1}) is gone.
-    The more one adds, the less depends on values that may be wrong, and the more on rewards, which
-    are noisy. As a compromise, the later ones are faded, by a lambda from 0 to 1:
+    The more one adds, the less depends on values, which can be wrong, the more on rewards, which
+    are noisy. As a compromise, later TD errors are faded, by a lambda from 0 to 1:
         Â_t = td_error_t + gamma lambda td_error_{t+1} + (gamma lambda)^2 td_error_{t+2} + ...
             = td_error_t + gamma lambda Â_{t+1},   up to the end of the episode or batch.
-    (value(s_t) stays, but as a baseline: its error does not change the mean of the gradient.)"""
+    (value(s_t) stays in it, as a baseline, like that of REINFORCE.)"""
     # Terminated: nothing more is earned. Truncated: the episode would have gone on, as V predicts.
     next_values = np.where(terminated, 0, values[1:])  # row t + 1 holds where row t led
     td_errors = rewards + gamma * next_values - values[:-1]
     ended = terminated | truncated
     advantages = np.zeros_like(values)  # [T + 1, N]; the last row stays 0
     for t in reversed(range(len(rewards))):
-        following = np.where(ended[t], 0, advantages[t + 1])  # no sum goes past an episode's end
+        following = np.where(ended[t], 0, advantages[t + 1])  # not that of a resetting row
         advantages[t] = td_errors[t] + gamma * gae_lambda * following
     return advantages[:-1]
 
@@ -246,7 +247,7 @@ def collect(experience, policy, value, settings, rng):
     batch.targets = (advantages + values[:-1])[real]  # Â + V estimates the return
     advantages = advantages[real]
     # Usual, though no theory asks for it: minus the mean, which acts as one more baseline; divided
-    # by the standard deviation, so that Adam gets batches of one scale (TRPO does not need it).
+    # by the standard deviation, so that all batches have the same unit.
     batch.advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     logits, _ = forward(policy, batch.states)  # again, as `play` keeps only the actions
     batch.log_probs_old = log_softmax(logits)  # [B, K], old: of the policy that played

@@ -9,18 +9,18 @@ gamma A(s_1, a_1). And so on: in the mean over pi's episodes,
     expected return of pi  =  expected return of pi_old  +  mean of sum_t gamma^t A(s_t, a_t)
 
 (equation 1 of the paper). But the batch is pi_old's. Its actions can be reweighted: in each state,
-sum_a pi A = sum_a pi_old (pi / pi_old) A. For its states that would take the ratios of all earlier
-actions, too: much too noisy. They stay, nearly right only while pi acts almost like pi_old. With an
-estimate Â of A (and without gamma^t, as is usual, lest late steps hardly count):
+sum_a pi A = sum_a pi_old (pi / pi_old) A. To reweight its states, one would need the product of the
+ratios of all earlier actions: much too noisy. So pi_old's states are kept, and that is nearly right
+only while pi acts almost like pi_old. With an estimate Â of A (and without gamma^t, as is usual):
 
     maximize    L(theta)  =  mean over the batch of  Â * pi(a|s; theta) / pi(a|s; theta_old)
     subject to  mean over its states of KL(pi_old || pi)  <=  delta
 
-L stands in for the return: it is called the surrogate, pi / pi_old the ratio, the set of allowed
-theta the trust region. Not the change of theta is bounded: it can alter pi a lot, or not at all.
+L, in place of the gain, is called the surrogate, pi / pi_old the ratio. The bound on KL (section 3)
+makes the trust region. (A bound on theta will not do: equal changes can alter pi a lot or not.)
 
     repeat:  play a batch of steps with the policy                         (section 4)
-             estimate the advantages Â; set targets for V: Â + V           (section 5)
+             estimate Â; set targets for V: Â + V; normalize Â             (section 5)
              change theta, in the best direction as far as KL <= delta     (section 6)
              fit V to its targets                                          (section 5)
 Run:  python trpo.py    Options:  python trpo.py --help    Schulman et al. 2015, arXiv:1502.05477
@@ -46,7 +46,7 @@ class Settings:
     seed: int = option(0, "seed of all random numbers", 0)
     steps: int = option(150_000, "environment steps to train for (the last batch is completed)", 1)
     num_envs: int = option(16, "environments that run side by side", 1)
-    horizon: int = option(48, "how often each environment is stepped for a batch", 2)
+    horizon: int = option(48, "steps of each environment in a batch", 2)
     gamma: float = option(0.99, "discount factor", 0, 1)
     gae_lambda: float = option(0.99, "lambda of `gae`: 0 relies on V, 1 on the rewards", 0, 1)
     hidden: int = option(64, "units in the hidden layer", 1)
@@ -76,8 +76,8 @@ class Network:
     def __init__(self, sizes, last_gain, rng):
         """The policy, or V: a tanh layer, a linear layer. All parameters are one vector, theta."""
         D, H, K = sizes
-        W1 = rng.standard_normal((D, H)) / np.sqrt(D)  # a sum of D random terms grows as sqrt(D)
-        W2 = rng.standard_normal((H, K)) / np.sqrt(H) * last_gain  # scales the first outputs
+        W1 = rng.standard_normal((D, H)) / np.sqrt(D)  # as a sum of D random terms grows as sqrt(D)
+        W2 = rng.standard_normal((H, K)) / np.sqrt(H) * last_gain  # if small, so are the outputs
         parts = [W1.ravel(), np.zeros(H), W2.ravel(), np.zeros(K)]  # the order of `unflatten`
         self.theta = np.concatenate(parts).astype(np.float32)  # [P]
         self.sizes = sizes
@@ -137,11 +137,11 @@ def log_softmax(logits):
 
 def sample_actions(policy, states, rng):
     """Draw an action for each state: cut the line from 0 to 1 into a part for each action, which is
-    as long as its probability, and pick a point. Count the parts that end before it."""
+    as long as its probability, and pick a point. As many parts end before it as the action says."""
     logits, _ = forward(policy, states)
     ends = np.exp(log_softmax(logits)).cumsum(axis=1)  # [N, K], where the parts end
     points = rng.random((len(states), 1))
-    return (points > ends[:, :-1]).sum(axis=1)  # the last end is 1, but for rounding
+    return (points > ends[:, :-1]).sum(axis=1)  # but the last end, which is 1
 
 
 def kl(log_probs_old, log_probs_new):
@@ -152,7 +152,7 @@ def kl(log_probs_old, log_probs_new):
 
 def policy_gradient(policy, activations, log_probs, actions, coefficients):
     """Gradient, with respect to theta [P], of  mean over the batch of coefficient * log pi(a|s).
-    The coefficients [B] (such as Â) are numbers here; they are not differentiated. With logits z,
+    The coefficients [B] are fixed numbers. (In ppo.py, the chain rule makes them.) With logits z,
     log pi(a|s) = z_a - log sum_j exp(z_j). So d log pi(a|s) / dz_k is
     (1 if k = a, else 0) - exp(z_k) / sum_j exp(z_j), that is, (1 if k = a, else 0) - pi(k|s)."""
     grad_log_prob = -np.exp(log_probs)  # [B, K]
@@ -207,22 +207,22 @@ class Experience:
 # --- 5. Values and advantages ---------------------------------------------------------------------
 def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     """Generalized advantage estimation (Schulman et al. 2016): Â [T, N]. values [T + 1, N] estimate
-    V, of the states in the T rows and of those the last row led to. The temporal-difference error
+    V, of the states in the T rows and of those the last led to. The temporal-difference (TD) error
         td_error_t = r_t + gamma value(s_{t+1}) - value(s_t)
     says how much better a step went than predicted. Add gamma td_error_{t+1}, and the sum is
         r_t + gamma r_{t+1} + gamma^2 value(s_{t+2}) - value(s_t):  value(s_{t+1}) is gone.
-    The more one adds, the less depends on values that may be wrong, and the more on rewards, which
-    are noisy. As a compromise, the later ones are faded, by a lambda from 0 to 1:
+    The more one adds, the less depends on values, which can be wrong, the more on rewards, which
+    are noisy. As a compromise, later TD errors are faded, by a lambda from 0 to 1:
         Â_t = td_error_t + gamma lambda td_error_{t+1} + (gamma lambda)^2 td_error_{t+2} + ...
             = td_error_t + gamma lambda Â_{t+1},   up to the end of the episode or batch.
-    (value(s_t) stays, but as a baseline: its error does not change the mean of the gradient.)"""
+    (value(s_t) stays in it, as a baseline, like that of REINFORCE.)"""
     # Terminated: nothing more is earned. Truncated: the episode would have gone on, as V predicts.
     next_values = np.where(terminated, 0, values[1:])  # row t + 1 holds where row t led
     td_errors = rewards + gamma * next_values - values[:-1]
     ended = terminated | truncated
     advantages = np.zeros_like(values)  # [T + 1, N]; the last row stays 0
     for t in reversed(range(len(rewards))):
-        following = np.where(ended[t], 0, advantages[t + 1])  # no sum goes past an episode's end
+        following = np.where(ended[t], 0, advantages[t + 1])  # not that of a resetting row
         advantages[t] = td_errors[t] + gamma * gae_lambda * following
     return advantages[:-1]
 
@@ -243,7 +243,7 @@ def collect(experience, policy, value, settings, rng):
     batch.targets = (advantages + values[:-1])[real]  # Â + V estimates the return
     advantages = advantages[real]
     # Usual, though no theory asks for it: minus the mean, which acts as one more baseline; divided
-    # by the standard deviation, so that Adam gets batches of one scale (TRPO does not need it).
+    # by the standard deviation, so that all batches have the same unit.
     batch.advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     logits, _ = forward(policy, batch.states)  # again, as `play` keeps only the actions
     batch.log_probs_old = log_softmax(logits)  # [B, K], old: of the policy that played
@@ -267,9 +267,9 @@ def fit_value(value, batch, settings, decay, rng):
 # gradient 0. Let F [P, P] hold its second derivatives. A small step (Taylor) makes
 #     L grow by about  g . step,    and the KL by about  step . F step / 2.
 # Of all steps with KL = delta, the best one (Lagrange) is where the gradients of both are parallel:
-# g = mu F step, with mu > 0, as L is to grow. (Were they not, g would have a part along the surface
-# KL = delta, and a move that way would gain.) So step = c x, where F x = g, and c > 0. And its KL,
-# c^2 x . F x / 2, is delta if c = sqrt(2 delta / (x . F x)).  x is called the natural gradient.
+# g = mu F step, with mu > 0, as L is to grow; else a move along the surface KL = delta would gain.
+# So step = c x, where F x = g. Its KL, c^2 x . F x / 2, is delta if c = sqrt(2 delta / (x . F x)).
+# Now x, called the natural gradient, is to be found from products F v alone: F has P^2 entries.
 def jacobian_vector_product(policy, activations, vector):
     """J v [B, K], J = dz/dtheta: how fast the logits z change as theta moves along v [P]. The parts
     of v are changes of W1, b1, W2, b2. Each line of `forward` is differentiated."""
@@ -287,8 +287,8 @@ def fisher_vector_product(policy, activations, probs, vector):
         KL = const - sum_k p_old_k log p_k = const - sum_k p_old_k z_k + log sum_j exp(z_j)
         dKL/dz = p - p_old,    and by the chain rule dKL/dtheta = J^T (p - p_old)
         dp_k/dz_j = p_k (1 if j = k, else 0) - p_k p_j,    the matrix diag(p) - p p^T
-    Differentiated as a product, J^T (p - p_old) gives a term with p - p_old, 0 at theta_old, and
-    J^T dp/dz J. So F = J^T (diag(p) - p p^T) J: P^2 entries. F v costs about two gradients."""
+    The derivative of J^T (p - p_old) has two terms: one with the factor p - p_old, 0 at theta_old,
+    and J^T dp/dtheta = J^T dp/dz J.  So  F = J^T (diag(p) - p p^T) J."""
     d_logits = jacobian_vector_product(policy, activations, vector)  # J v
     mean = (probs * d_logits).sum(axis=1, keepdims=True)  # p^T J v
     d_probs = probs * (d_logits - mean)  # (diag(p) - p p^T) J v
@@ -301,8 +301,8 @@ def conjugate_gradient(product, b, iterations):
     f(x) = b . x - x . M x / 2 has the gradient r, so it is largest where M x = b. Climb from x = 0:
     alpha   Along a direction d, f grows by alpha r . d - alpha^2 d . M d / 2. The top of this is at
             alpha = r . d / (d . M d). There f is level along d: r . d = 0.
-    beta    A move along the next direction, r + beta d, changes r by a multiple of M (r + beta d).
-            That r . d stays 0, let (r + beta d) . M d = 0, so beta = -r . M d / (d . M d).
+    beta    It is to stay 0 on the next move, along e = r + beta d, which changes r by a multiple of
+            M e. So let d . M e = 0: beta = -(r . M d) / (d . M d), as M is symmetric.
     (It stays 0 for all earlier d: Nocedal & Wright 2006, theorem 5.3. P rounds would be exact.)"""
     x = np.zeros_like(b)
     residual = b
@@ -342,7 +342,7 @@ def line_search(policy, full_step, batch, settings):
 
 def update_policy(policy, batch, settings, decay, rng):
     """The step c x, then the line search. If the KL hardly changes along v, F v is near 0, and x is
-    huge along v, where Taylor is wrong. So F + damping I replaces F, which overrates the KL."""
+    huge along v, where Taylor is wrong. F + damping I for F prevents this, but overrates the KL."""
     _, activations = forward(policy, batch.states)
     g = policy_gradient(policy, activations, batch.log_probs_old, batch.actions, batch.advantages)
     probs = np.exp(batch.log_probs_old)

@@ -170,7 +170,7 @@ def test_failed_runs_count_and_take_nothing_along(text, left, message, lab):
     assert [bool(row["error"]) for row in rows] == ([False] * (left - 1) + [True]) * 2
     assert rows[-1]["error"] == message
     assert status == 1 and f"failed: {text}, seed 1: {message}" in errors
-    assert figures(table)[0][0] == "2/2" and figures(table)[1][0] == "0/2"
+    assert figures(table)[0][0] == "2/2" and figures(table)[1][0] == "0/2" and "(runs failed)" in table
     assert Path("compare.png").exists() and lab("compare.csv")[1] == table
 
 
@@ -211,9 +211,9 @@ def test_table(lab):
     kl = [0.001 * n * (n % 5 > 0) for n in range(1, 11)]
     until, whole = (f"{statistics.median(part):.2g}" for part in (kl[:8], kl))  # 480 in update 8
     assert solved == ["5/5", "800", "604.7", "600", "to", "616", until, "0.009", "0/5", "0.500"]
-    assert fallen == ["0/5", "-", "204.7", "200", "to", "216", whole, "0.009", "5/5", "0.500"]
+    assert fallen == ["0/5", "inf", "204.7", "200", "to", "216", whole, "0.009", "5/5", "0.500"]
     assert free[0] == "-" and free[-2] == "-"
-    assert single == ["0/5", "-", "-", "-", "to", "-", "0.001", "0.001", "0/5", "0.500"]
+    assert single == ["0/5", "inf", "-", "-", "to", "-", "0.001", "0.001", "0/5", "0.500"]
 
 
 VARIANTS = ["toy", *(f"toy --gain-factor {n} --updates {n}" for n in range(2, 9))]
