@@ -10,19 +10,20 @@ gamma A(s_1, a_1). And so on: in the mean over pi's episodes,
 
 (Schulman et al. 2015, equation 1). But the batch is pi_old's. Its actions can be reweighted, by the
 ratio pi(a|s; theta) / pi(a|s; theta_old): in each state, sum_a pi A = sum_a pi_old * ratio * A. To
-reweight its states, one would need the product of the ratios of all earlier actions: much too
-noisy. So pi_old's states are kept, and that is nearly right only while pi acts almost like pi_old.
-With an estimate Â of A (and without gamma^t, as is usual) one might maximize the mean of ratio * Â.
-At theta_old, where ratio = 1, its gradient is REINFORCE's, with Â. But then, for a good action, a
-larger ratio is always better, however far from pi_old. So PPO maximizes
+reweight its states takes the product of the ratios of all earlier actions, much too noisy. So
+pi_old's states are kept, and that is nearly right only while pi acts almost like pi_old.
+With an estimate Â of A (normalized, and without gamma^t, as is usual), one might maximize the mean
+of ratio * Â. At theta_old, where ratio = 1, its gradient is REINFORCE's, with Â. But then, for a
+good action, a larger ratio is always better, however far from pi_old. So PPO maximizes
 
     L(theta)  =  mean over the batch of  min( ratio * Â,  clipped ratio * Â ),
 
 where the clipped ratio is the ratio, but at least 1 - clip and at most 1 + clip:
     Â > 0, ratio > 1 + clip: likely enough,   the min is (1 + clip) * Â, its gradient 0
     Â < 0, ratio < 1 - clip: unlikely enough, the min is (1 - clip) * Â, its gradient 0
-    otherwise the min is ratio * Â. What went too far to the wrong side is pulled back.
-So no row gains by going far. It may go far all the same, as theta is changed for other rows, too.
+    otherwise the min is ratio * Â. (If, say, Â < 0 but the ratio has risen to 1.5, the clipped term
+    would be constant. The min is 1.5 * Â, and brings it down.)
+No row gains by going far. It may go far all the same, as theta is changed for other rows, too.
 
     repeat:  play a batch of steps with the policy                     (section 4)
              estimate Â; set targets for V: Â + V; normalize Â         (section 5)
@@ -107,7 +108,8 @@ def forward(network, inputs):
 
 
 def backward(network, activations, grad_outputs):
-    """The chain rule: from derivatives of a number by the outputs [B, K], to those by theta [P]."""
+    """The chain rule: from grad_outputs [B, K], derivatives of a number by the outputs, to those by
+    theta [P]. This is sum_b J_b^T grad_outputs[b], with J_b = d outputs[b] / d theta."""
     _, _, W2, _ = unflatten(network.theta, network.sizes)
     inputs, hidden = activations
     # As outputs[b, k] = sum_h hidden[b, h] * W2[h, k] + b2[k]:
@@ -140,12 +142,12 @@ def log_softmax(logits):
 
 
 def sample_actions(policy, states, rng):
-    """Draw an action for each state: cut the line from 0 to 1 into a part for each action, which is
-    as long as its probability, and pick a point. As many parts end before it as the action says."""
+    """Draw an action for each state: lay the probabilities end to end, from 0 to 1; pick a random
+    point. The action is the number of those that end before the point."""
     logits, _ = forward(policy, states)
     ends = np.exp(log_softmax(logits)).cumsum(axis=1)  # [N, K], where the parts end
     points = rng.random((len(states), 1))
-    return (points > ends[:, :-1]).sum(axis=1)  # but the last end, which is 1
+    return (points > ends[:, :-1]).sum(axis=1)  # the last end, 1, may be rounded: not counted
 
 
 def kl(log_probs_old, log_probs_new):
@@ -155,9 +157,8 @@ def kl(log_probs_old, log_probs_new):
 
 
 def policy_gradient(policy, activations, log_probs, actions, coefficients):
-    """Gradient, with respect to theta [P], of  mean over the batch of coefficient * log pi(a|s).
-    The coefficients [B] are fixed numbers. (In ppo.py, the chain rule makes them.) With logits z,
-    log pi(a|s) = z_a - log sum_j exp(z_j). So d log pi(a|s) / dz_k is
+    """Gradient by theta [P] of  mean over the batch of coefficient * log pi(a|s),  the coefficients
+    [B] held fixed. As log pi(a|s) = z_a - log sum_j exp(z_j), d log pi(a|s) / dz_k is
     (1 if k = a, else 0) - exp(z_k) / sum_j exp(z_j), that is, (1 if k = a, else 0) - pi(k|s)."""
     grad_log_prob = -np.exp(log_probs)  # [B, K]
     grad_log_prob[np.arange(len(actions)), actions] += 1  # in row i the column actions[i]
@@ -213,13 +214,12 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     """Generalized advantage estimation (Schulman et al. 2016): Â [T, N]. values [T + 1, N] estimate
     V, of the states in the T rows and of those the last led to. The temporal-difference (TD) error
         td_error_t = r_t + gamma value(s_{t+1}) - value(s_t)
-    says how much better a step went than predicted. Add gamma td_error_{t+1}, and the sum is
-        r_t + gamma r_{t+1} + gamma^2 value(s_{t+2}) - value(s_t):  value(s_{t+1}) is gone.
-    The more one adds, the less depends on values, which can be wrong, the more on rewards, which
-    are noisy. As a compromise, later TD errors are faded, by a lambda from 0 to 1:
+    says how much better a step went than predicted; were value(s) = V(s), its mean would be A. In
+      td_error_t + gamma td_error_{t+1} = r_t + gamma r_{t+1} + gamma^2 value(s_{t+2}) - value(s_t)
+    value(s_{t+1}) is gone. The more TD errors one adds, the less depends on values, which can be
+    wrong, but the more on rewards, which are noisy. A lambda from 0 to 1 lets the later ones fade:
         Â_t = td_error_t + gamma lambda td_error_{t+1} + (gamma lambda)^2 td_error_{t+2} + ...
-            = td_error_t + gamma lambda Â_{t+1},   up to the end of the episode or batch.
-    (value(s_t) stays in it, as a baseline, like that of REINFORCE.)"""
+            = td_error_t + gamma lambda Â_{t+1},   up to the end of the episode or batch."""
     # Terminated: nothing more is earned. Truncated: the episode would have gone on, as V predicts.
     next_values = np.where(terminated, 0, values[1:])  # row t + 1 holds where row t led
     td_errors = rewards + gamma * next_values - values[:-1]
@@ -246,8 +246,8 @@ def collect(experience, policy, value, settings, rng):
     batch.values = values[:-1][real]  # V before it is fitted, for `report`
     batch.targets = (advantages + values[:-1])[real]  # Â + V estimates the return
     advantages = advantages[real]
-    # Usual, though no theory asks for it: minus the mean, which acts as one more baseline; divided
-    # by the standard deviation, so that all batches have the same unit.
+    # Usual, though no theory asks for it: minus the mean, nearly one more baseline; divided by the
+    # standard deviation, lest a batch outweigh others in Adam's means. (TRPO's step ignores scale.)
     batch.advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     logits, _ = forward(policy, batch.states)  # again, as `play` keeps only the actions
     batch.log_probs_old = log_softmax(logits)  # [B, K], old: of the policy that played
@@ -282,9 +282,10 @@ def minibatch_step(policy, batch, chosen, settings, decay):
     logits, activations = forward(policy, batch.states[chosen])
     log_probs = log_softmax(logits)  # [b, K]
     log_ratios = log_probs - batch.log_probs_old[chosen]
-    ratio = np.exp(log_ratios[np.arange(len(chosen)), actions])  # [b]; at first all are 1
+    ratio = np.exp(log_ratios[np.arange(len(chosen)), actions])  # [b]; 1 in a batch's first part
     slope = clipped_surrogate_gradient(ratio, batch.advantages[chosen], settings.clip)
-    # By the chain rule: slope * gradient of the ratio, which is ratio * gradient of log pi.
+    # ratio = exp(log pi - log pi_old), so gradient of ratio = ratio * gradient of log pi, and
+    # gradient of L = slope * gradient of ratio = (slope * ratio) * gradient of log pi.
     gradient = policy_gradient(policy, activations, log_probs, actions, slope * ratio)
     adam(policy, gradient, decay * settings.learning_rate)
     return np.abs(ratio - 1) > settings.clip
@@ -333,7 +334,7 @@ def train(settings, policy):
         steps += len(batch.actions)
         row = {"update": update, "steps": steps} | report(policy, theta_old, batch, experience)
         if not np.isfinite([policy.theta.sum(), value.theta.sum(), row["kl"]]).all():
-            raise FloatingPointError(f"update {update} is no longer finite: lower some rate")
+            raise FloatingPointError(f"update {update} is no longer finite: use lower rates")
         yield row | {"seconds": time.perf_counter() - start} | own_figures
 
 

@@ -103,7 +103,8 @@ def forward(network, inputs):
 
 
 def backward(network, activations, grad_outputs):
-    """The chain rule: from derivatives of a number by the outputs [B, K], to those by theta [P]."""
+    """The chain rule: from grad_outputs [B, K], derivatives of a number by the outputs, to those by
+    theta [P]. This is sum_b J_b^T grad_outputs[b], with J_b = d outputs[b] / d theta."""
     _, _, W2, _ = unflatten(network.theta, network.sizes)
     inputs, hidden = activations
     # As outputs[b, k] = sum_h hidden[b, h] * W2[h, k] + b2[k]:
@@ -136,12 +137,12 @@ def log_softmax(logits):
 
 
 def sample_actions(policy, states, rng):
-    """Draw an action for each state: cut the line from 0 to 1 into a part for each action, which is
-    as long as its probability, and pick a point. As many parts end before it as the action says."""
+    """Draw an action for each state: lay the probabilities end to end, from 0 to 1; pick a random
+    point. The action is the number of those that end before the point."""
     logits, _ = forward(policy, states)
     ends = np.exp(log_softmax(logits)).cumsum(axis=1)  # [N, K], where the parts end
     points = rng.random((len(states), 1))
-    return (points > ends[:, :-1]).sum(axis=1)  # but the last end, which is 1
+    return (points > ends[:, :-1]).sum(axis=1)  # the last end, 1, may be rounded: not counted
 
 
 def kl(log_probs_old, log_probs_new):
@@ -151,9 +152,8 @@ def kl(log_probs_old, log_probs_new):
 
 
 def policy_gradient(policy, activations, log_probs, actions, coefficients):
-    """Gradient, with respect to theta [P], of  mean over the batch of coefficient * log pi(a|s).
-    The coefficients [B] are fixed numbers. (In ppo.py, the chain rule makes them.) With logits z,
-    log pi(a|s) = z_a - log sum_j exp(z_j). So d log pi(a|s) / dz_k is
+    """Gradient by theta [P] of  mean over the batch of coefficient * log pi(a|s),  the coefficients
+    [B] held fixed. As log pi(a|s) = z_a - log sum_j exp(z_j), d log pi(a|s) / dz_k is
     (1 if k = a, else 0) - exp(z_k) / sum_j exp(z_j), that is, (1 if k = a, else 0) - pi(k|s)."""
     grad_log_prob = -np.exp(log_probs)  # [B, K]
     grad_log_prob[np.arange(len(actions)), actions] += 1  # in row i the column actions[i]
@@ -209,13 +209,12 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     """Generalized advantage estimation (Schulman et al. 2016): Â [T, N]. values [T + 1, N] estimate
     V, of the states in the T rows and of those the last led to. The temporal-difference (TD) error
         td_error_t = r_t + gamma value(s_{t+1}) - value(s_t)
-    says how much better a step went than predicted. Add gamma td_error_{t+1}, and the sum is
-        r_t + gamma r_{t+1} + gamma^2 value(s_{t+2}) - value(s_t):  value(s_{t+1}) is gone.
-    The more one adds, the less depends on values, which can be wrong, the more on rewards, which
-    are noisy. As a compromise, later TD errors are faded, by a lambda from 0 to 1:
+    says how much better a step went than predicted; were value(s) = V(s), its mean would be A. In
+      td_error_t + gamma td_error_{t+1} = r_t + gamma r_{t+1} + gamma^2 value(s_{t+2}) - value(s_t)
+    value(s_{t+1}) is gone. The more TD errors one adds, the less depends on values, which can be
+    wrong, but the more on rewards, which are noisy. A lambda from 0 to 1 lets the later ones fade:
         Â_t = td_error_t + gamma lambda td_error_{t+1} + (gamma lambda)^2 td_error_{t+2} + ...
-            = td_error_t + gamma lambda Â_{t+1},   up to the end of the episode or batch.
-    (value(s_t) stays in it, as a baseline, like that of REINFORCE.)"""
+            = td_error_t + gamma lambda Â_{t+1},   up to the end of the episode or batch."""
     # Terminated: nothing more is earned. Truncated: the episode would have gone on, as V predicts.
     next_values = np.where(terminated, 0, values[1:])  # row t + 1 holds where row t led
     td_errors = rewards + gamma * next_values - values[:-1]
@@ -242,8 +241,8 @@ def collect(experience, policy, value, settings, rng):
     batch.values = values[:-1][real]  # V before it is fitted, for `report`
     batch.targets = (advantages + values[:-1])[real]  # Â + V estimates the return
     advantages = advantages[real]
-    # Usual, though no theory asks for it: minus the mean, which acts as one more baseline; divided
-    # by the standard deviation, so that all batches have the same unit.
+    # Usual, though no theory asks for it: minus the mean, nearly one more baseline; divided by the
+    # standard deviation, lest a batch outweigh others in Adam's means. (TRPO's step ignores scale.)
     batch.advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     logits, _ = forward(policy, batch.states)  # again, as `play` keeps only the actions
     batch.log_probs_old = log_softmax(logits)  # [B, K], old: of the policy that played
@@ -266,10 +265,11 @@ def fit_value(value, batch, settings, decay, rng):
 # gradient g of L is thus REINFORCE's, with Â. The mean KL has its least value there, 0, and so the
 # gradient 0. Let F [P, P] hold its second derivatives. A small step (Taylor) makes
 #     L grow by about  g . step,    and the KL by about  step . F step / 2.
-# Of all steps with KL = delta, the best one (Lagrange) is where the gradients of both are parallel:
-# g = mu F step, with mu > 0, as L is to grow; else a move along the surface KL = delta would gain.
-# So step = c x, where F x = g. Its KL, c^2 x . F x / 2, is delta if c = sqrt(2 delta / (x . F x)).
-# Now x, called the natural gradient, is to be found from products F v alone: F has P^2 entries.
+# At the best step with KL = delta, no move along the surface KL = delta raises L. So g has no part
+# along it: it is at right angles to the surface, as is F step, the gradient of the KL. Hence
+# g = mu F step (Lagrange), with mu > 0, as L is to grow. So step = c x, where F x = g. Its KL,
+# c^2 x . F x / 2, is delta if c = sqrt(2 delta / (x . F x)). F has P^2 entries, too many for large
+# networks: x, called the natural gradient, is to be found from products F v alone.
 def jacobian_vector_product(policy, activations, vector):
     """J v [B, K], J = dz/dtheta: how fast the logits z change as theta moves along v [P]. The parts
     of v are changes of W1, b1, W2, b2. Each line of `forward` is differentiated."""
@@ -300,10 +300,10 @@ def conjugate_gradient(product, b, iterations):
     rounds, or when the residual r = b - M x is at most 1e-5 times as long as b (also if b = 0).
     f(x) = b . x - x . M x / 2 has the gradient r, so it is largest where M x = b. Climb from x = 0:
     alpha   Along a direction d, f grows by alpha r . d - alpha^2 d . M d / 2. The top of this is at
-            alpha = r . d / (d . M d). There f is level along d: r . d = 0.
-    beta    It is to stay 0 on the next move, along e = r + beta d, which changes r by a multiple of
-            M e. So let d . M e = 0: beta = -(r . M d) / (d . M d), as M is symmetric.
-    (It stays 0 for all earlier d: Nocedal & Wright 2006, theorem 5.3. P rounds would be exact.)"""
+            alpha = r . d / (d . M d). The residual there, r' = r - alpha M d, has r' . d = 0.
+    beta    The next move is not to spoil this. A move along e changes the residual by a multiple of
+            M e. So d . M e is to be 0: with e = r' + beta d, beta = -(r' . M d) / (d . M d).
+    (r' . d stays 0 for all earlier d: Nocedal & Wright 2006, theorem 5.3. P rounds are exact.)"""
     x = np.zeros_like(b)
     residual = b
     direction = b
@@ -341,8 +341,8 @@ def line_search(policy, full_step, batch, settings):
 
 
 def update_policy(policy, batch, settings, decay, rng):
-    """The step c x, then the line search. If the KL hardly changes along v, F v is near 0, and x is
-    huge along v, where Taylor is wrong. F + damping I for F prevents this, but overrates the KL."""
+    """The step c x, then the line search. If the KL hardly changes along v, F v is near 0, and x so
+    long there that Taylor fails. F + damping I in place of F prevents it, but overrates the KL."""
     _, activations = forward(policy, batch.states)
     g = policy_gradient(policy, activations, batch.log_probs_old, batch.actions, batch.advantages)
     probs = np.exp(batch.log_probs_old)
@@ -384,7 +384,7 @@ def train(settings, policy):
         steps += len(batch.actions)
         row = {"update": update, "steps": steps} | report(policy, theta_old, batch, experience)
         if not np.isfinite([policy.theta.sum(), value.theta.sum(), row["kl"]]).all():
-            raise FloatingPointError(f"update {update} is no longer finite: lower some rate")
+            raise FloatingPointError(f"update {update} is no longer finite: use lower rates")
         yield row | {"seconds": time.perf_counter() - start} | own_figures
 
 

@@ -15,9 +15,9 @@ where Â, an estimate of A, is roughly the return that followed minus V(s). With
 this is REINFORCE. V(s) is a baseline: it makes g less noisy, but does not change its mean. For it
 is the same for all a, and pi * gradient of log pi = gradient of pi:
     sum_a pi * V * gradient of log pi  =  V * gradient of sum_a pi  =  V * gradient of 1  =  0.
-A second network, `value`, estimates V. It has another use: it stands in for rewards, for those
-after the batch and, as they are noisy, in part for earlier ones, too (section 5). There its errors
-do change the mean of g.
+A second network, `value`, estimates V. It has another use: where the batch ends before the episode
+does, its output for the last state replaces the rewards not seen. In part it replaces even rewards
+that were seen, as it is less noisy (section 5). Where it is wrong, this changes the mean of g.
 
     repeat:  play a batch of steps with the policy                  (section 4)
              estimate Â; set targets for V: Â + V; normalize Â      (section 5)
@@ -99,7 +99,8 @@ def forward(network, inputs):
 
 
 def backward(network, activations, grad_outputs):
-    """The chain rule: from derivatives of a number by the outputs [B, K], to those by theta [P]."""
+    """The chain rule: from grad_outputs [B, K], derivatives of a number by the outputs, to those by
+    theta [P]. This is sum_b J_b^T grad_outputs[b], with J_b = d outputs[b] / d theta."""
     _, _, W2, _ = unflatten(network.theta, network.sizes)
     inputs, hidden = activations
     # As outputs[b, k] = sum_h hidden[b, h] * W2[h, k] + b2[k]:
@@ -132,12 +133,12 @@ def log_softmax(logits):
 
 
 def sample_actions(policy, states, rng):
-    """Draw an action for each state: cut the line from 0 to 1 into a part for each action, which is
-    as long as its probability, and pick a point. As many parts end before it as the action says."""
+    """Draw an action for each state: lay the probabilities end to end, from 0 to 1; pick a random
+    point. The action is the number of those that end before the point."""
     logits, _ = forward(policy, states)
     ends = np.exp(log_softmax(logits)).cumsum(axis=1)  # [N, K], where the parts end
     points = rng.random((len(states), 1))
-    return (points > ends[:, :-1]).sum(axis=1)  # but the last end, which is 1
+    return (points > ends[:, :-1]).sum(axis=1)  # the last end, 1, may be rounded: not counted
 
 
 def kl(log_probs_old, log_probs_new):
@@ -147,9 +148,8 @@ def kl(log_probs_old, log_probs_new):
 
 
 def policy_gradient(policy, activations, log_probs, actions, coefficients):
-    """Gradient, with respect to theta [P], of  mean over the batch of coefficient * log pi(a|s).
-    The coefficients [B] are fixed numbers. (In ppo.py, the chain rule makes them.) With logits z,
-    log pi(a|s) = z_a - log sum_j exp(z_j). So d log pi(a|s) / dz_k is
+    """Gradient by theta [P] of  mean over the batch of coefficient * log pi(a|s),  the coefficients
+    [B] held fixed. As log pi(a|s) = z_a - log sum_j exp(z_j), d log pi(a|s) / dz_k is
     (1 if k = a, else 0) - exp(z_k) / sum_j exp(z_j), that is, (1 if k = a, else 0) - pi(k|s)."""
     grad_log_prob = -np.exp(log_probs)  # [B, K]
     grad_log_prob[np.arange(len(actions)), actions] += 1  # in row i the column actions[i]
@@ -205,13 +205,12 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     """Generalized advantage estimation (Schulman et al. 2016): Â [T, N]. values [T + 1, N] estimate
     V, of the states in the T rows and of those the last led to. The temporal-difference (TD) error
         td_error_t = r_t + gamma value(s_{t+1}) - value(s_t)
-    says how much better a step went than predicted. Add gamma td_error_{t+1}, and the sum is
-        r_t + gamma r_{t+1} + gamma^2 value(s_{t+2}) - value(s_t):  value(s_{t+1}) is gone.
-    The more one adds, the less depends on values, which can be wrong, the more on rewards, which
-    are noisy. As a compromise, later TD errors are faded, by a lambda from 0 to 1:
+    says how much better a step went than predicted; were value(s) = V(s), its mean would be A. In
+      td_error_t + gamma td_error_{t+1} = r_t + gamma r_{t+1} + gamma^2 value(s_{t+2}) - value(s_t)
+    value(s_{t+1}) is gone. The more TD errors one adds, the less depends on values, which can be
+    wrong, but the more on rewards, which are noisy. A lambda from 0 to 1 lets the later ones fade:
         Â_t = td_error_t + gamma lambda td_error_{t+1} + (gamma lambda)^2 td_error_{t+2} + ...
-            = td_error_t + gamma lambda Â_{t+1},   up to the end of the episode or batch.
-    (value(s_t) stays in it, as a baseline, like that of REINFORCE.)"""
+            = td_error_t + gamma lambda Â_{t+1},   up to the end of the episode or batch."""
     # Terminated: nothing more is earned. Truncated: the episode would have gone on, as V predicts.
     next_values = np.where(terminated, 0, values[1:])  # row t + 1 holds where row t led
     td_errors = rewards + gamma * next_values - values[:-1]
@@ -238,8 +237,8 @@ def collect(experience, policy, value, settings, rng):
     batch.values = values[:-1][real]  # V before it is fitted, for `report`
     batch.targets = (advantages + values[:-1])[real]  # Â + V estimates the return
     advantages = advantages[real]
-    # Usual, though no theory asks for it: minus the mean, which acts as one more baseline; divided
-    # by the standard deviation, so that all batches have the same unit.
+    # Usual, though no theory asks for it: minus the mean, nearly one more baseline; divided by the
+    # standard deviation, lest a batch outweigh others in Adam's means. (TRPO's step ignores scale.)
     batch.advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     logits, _ = forward(policy, batch.states)  # again, as `play` keeps only the actions
     batch.log_probs_old = log_softmax(logits)  # [B, K], old: of the policy that played
@@ -294,7 +293,7 @@ def train(settings, policy):
         steps += len(batch.actions)
         row = {"update": update, "steps": steps} | report(policy, theta_old, batch, experience)
         if not np.isfinite([policy.theta.sum(), value.theta.sum(), row["kl"]]).all():
-            raise FloatingPointError(f"update {update} is no longer finite: lower some rate")
+            raise FloatingPointError(f"update {update} is no longer finite: use lower rates")
         yield row | {"seconds": time.perf_counter() - start} | own_figures
 
 
