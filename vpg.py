@@ -3,11 +3,13 @@
 A policy pi(a|s; theta) is a neural network with weights theta. For a state s it gives each action a
 a probability. The return is the sum of an episode's rewards, discounted: r_0 + gamma r_1 +
 gamma^2 r_2 + ... We want the theta with the largest expected return. V(s) is the expected return
-from state s on; A(s, a), the advantage, is how much more it is if action a comes first, and the
-policy goes on. By the policy gradient theorem (Sutton & Barto 2018, section 13.2) the gradient of
-the expected return is, up to a factor, the mean of A(s, a) * gradient of log pi(a|s; theta) over
-the steps that the policy takes. (With gamma < 1, step t of an episode would count gamma^t. As is
-usual, this is left out, lest late steps hardly count.) It is estimated from a batch of steps, by
+from state s on; Q(s, a) the same if action a comes first; A(s, a) = Q(s, a) - V(s) the advantage.
+
+The policy gradient theorem (Sutton & Barto 2018, section 13.2) says, for gamma = 1: the gradient
+of the expected return is, up to a positive factor, the mean of Q(s, a) * gradient of log pi(a|s)
+over the steps that the policy takes. A may stand for Q, as shown below. For gamma < 1, step t of an
+episode would also have the weight gamma^t; it is usual to leave this out, as otherwise late steps
+would hardly count. The gradient is estimated from a batch of steps, by
 
     g  =  mean over the batch of  Â * gradient of log pi(a|s; theta),
 
@@ -175,11 +177,11 @@ def make_env(settings, num_envs, **options):
 
 class Experience:
     """Environments side by side, whose episodes go on from one batch to the next.
-    When a step ends an episode, Gymnasium returns the last state, s'. The next call of step plays
-    nothing: it ignores the action and returns the first state of a new episode. So there are rows
-        row t      state s   action taken    leads to s': terminated, or truncated by a time limit
-        row t + 1  state s'  action ignored  leads to a new episode's first state: resetting
-    Row t + 1 is no experience: `collect` drops it, once `gae` has used its V(s')."""
+    If row 7 ends an episode, Gymnasium returns its last state, s8. The next call of step plays
+    nothing there: it ignores the action and returns the first state of a new episode. So there are
+        row 7  state s7  action taken    leads to s8: terminated, or truncated by a time limit
+        row 8  state s8  action ignored  leads to a new episode's first state: resetting
+    Row 8 is no experience: `collect` drops it, once `gae` has used its V(s8)."""
 
     def __init__(self, settings, rng):
         env = make_env(settings, settings.num_envs)
@@ -205,10 +207,10 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     """Generalized advantage estimation (Schulman et al. 2016): Â [T, N]. values [T + 1, N] estimate
     V, of the states in the T rows and of those the last led to. The temporal-difference (TD) error
         td_error_t = r_t + gamma value(s_{t+1}) - value(s_t)
-    says how much better a step went than predicted; were value(s) = V(s), its mean would be A. In
-      td_error_t + gamma td_error_{t+1} = r_t + gamma r_{t+1} + gamma^2 value(s_{t+2}) - value(s_t)
-    value(s_{t+1}) is gone. The more TD errors one adds, the less depends on values, which can be
-    wrong, but the more on rewards, which are noisy. A lambda from 0 to 1 lets the later ones fade:
+    says how much better a step went than predicted; were value(s) = V(s), its mean would be A. Add
+    gamma td_error_{t+1}: value(s_{t+1}) cancels. With more of them, less depends on values, which
+    can be wrong, but more on rewards, which are noisy; in the end, there are the rewards to come,
+    minus value(s_t). As a compromise, a lambda from 0 to 1 lets the later ones fade:
         Â_t = td_error_t + gamma lambda td_error_{t+1} + (gamma lambda)^2 td_error_{t+2} + ...
             = td_error_t + gamma lambda Â_{t+1},   up to the end of the episode or batch."""
     # Terminated: nothing more is earned. Truncated: the episode would have gone on, as V predicts.
@@ -217,7 +219,7 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     ended = terminated | truncated
     advantages = np.zeros_like(values)  # [T + 1, N]; the last row stays 0
     for t in reversed(range(len(rewards))):
-        following = np.where(ended[t], 0, advantages[t + 1])  # not that of a resetting row
+        following = np.where(ended[t], 0, advantages[t + 1])  # that of a resetting row is void
         advantages[t] = td_errors[t] + gamma * gae_lambda * following
     return advantages[:-1]
 
@@ -238,7 +240,7 @@ def collect(experience, policy, value, settings, rng):
     batch.targets = (advantages + values[:-1])[real]  # Â + V estimates the return
     advantages = advantages[real]
     # Usual, though no theory asks for it: minus the mean, nearly one more baseline; divided by the
-    # standard deviation, lest a batch outweigh others in Adam's means. (TRPO's step ignores scale.)
+    # standard deviation, for one scale in all batches. (TRPO's step does not depend on the scale.)
     batch.advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     logits, _ = forward(policy, batch.states)  # again, as `play` keeps only the actions
     batch.log_probs_old = log_softmax(logits)  # [B, K], old: of the policy that played
@@ -293,7 +295,7 @@ def train(settings, policy):
         steps += len(batch.actions)
         row = {"update": update, "steps": steps} | report(policy, theta_old, batch, experience)
         if not np.isfinite([policy.theta.sum(), value.theta.sum(), row["kl"]]).all():
-            raise FloatingPointError(f"update {update} is no longer finite: use lower rates")
+            raise FloatingPointError(f"update {update} is no longer finite: rates too high?")
         yield row | {"seconds": time.perf_counter() - start} | own_figures
 
 
