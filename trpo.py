@@ -267,7 +267,7 @@ def fit_value(value, batch, settings, decay, rng):
 #    derivatives, F [P, P], the KL grows by about step . F step / 2 (Taylor).
 # 3. At the best step with KL = delta, no move along the surface KL = delta raises L. So g is at
 #    right angles to it, as is F step, the gradient of the KL: g = mu F step (Lagrange), mu > 0.
-# 4. Thus step = c x, where F x = g. Its KL, c^2 x . F x / 2, is delta for c = sqrt(2 delta / x . F x).
+# 4. So step = c x, where F x = g. Its KL, c^2 x . F x / 2, is delta for c = sqrt(2 delta / x . F x).
 # x, the natural gradient, is found from products F v alone: F, with P^2 entries, may be too large.
 def jacobian_vector_product(policy, activations, vector):
     """J v [B, K], J = dz/dtheta: how fast the logits z change as theta moves along v [P]. The parts

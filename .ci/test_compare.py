@@ -169,8 +169,8 @@ def test_failed_runs_count_and_take_nothing_along(text, left, message, lab):
     rows = [row for row in data() if row["variant"] == text]
     assert [bool(row["error"]) for row in rows] == ([False] * (left - 1) + [True]) * 2
     assert rows[-1]["error"] == message
-    assert status == 1 and f"failed: {text}, seed 1: {message}" in errors
-    assert figures(table)[0][0] == "2/2" and figures(table)[1][0] == "0/2" and "(runs failed)" in table
+    assert status == 1 and f"failed: {text}, seed 1: {message}" in errors and "(runs f" in table
+    assert figures(table)[0][0] == "2/2" and figures(table)[1][0] == "0/2"
     assert Path("compare.png").exists() and lab("compare.csv")[1] == table
 
 
