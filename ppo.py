@@ -108,8 +108,7 @@ def forward(network, inputs):
 
 
 def backward(network, activations, grad_outputs):
-    """The chain rule: from grad_outputs [B, K], derivatives of a number by the outputs, to those by
-    theta [P]. This is sum_b J_b^T grad_outputs[b], with J_b = d outputs[b] / d theta."""
+    """The chain rule: from any number's derivatives by the outputs [B, K] to those by theta [P]."""
     _, _, W2, _ = unflatten(network.theta, network.sizes)
     inputs, hidden = activations
     # As outputs[b, k] = sum_h hidden[b, h] * W2[h, k] + b2[k]:
@@ -215,9 +214,11 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     V, of the states in the T rows and of those the last led to. The temporal-difference (TD) error
         td_error_t = r_t + gamma value(s_{t+1}) - value(s_t)
     says how much better a step went than predicted; were value(s) = V(s), its mean would be A. Add
-    gamma td_error_{t+1}: value(s_{t+1}) cancels. With more of them, less depends on values, which
-    can be wrong, but more on rewards, which are noisy; in the end, there are the rewards to come,
-    minus value(s_t). As a compromise, a lambda from 0 to 1 lets the later ones fade:
+    gamma td_error_{t+1}, and value(s_{t+1}) cancels; add all later ones, and so do their values:
+        r_t + gamma r_{t+1} + gamma^2 value(s_{t+2}) - value(s_t)
+        r_t + gamma r_{t+1} + gamma^2 r_{t+2} + ...  - value(s_t)
+    With few, more depends on values, which can be wrong; with many, more on rewards, which are
+    noisy. As a compromise, a lambda from 0 to 1 lets the later ones fade:
         Â_t = td_error_t + gamma lambda td_error_{t+1} + (gamma lambda)^2 td_error_{t+2} + ...
             = td_error_t + gamma lambda Â_{t+1},   up to the end of the episode or batch."""
     # Terminated: nothing more is earned. Truncated: the episode would have gone on, as V predicts.
@@ -266,7 +267,6 @@ def fit_value(value, batch, settings, decay, rng):
 
 
 # --- 6. The update --------------------------------------------------------------------------------
-# From vpg.py and trpo.py, this script differs only here, in a few settings, and at the top.
 def clipped_surrogate_gradient(ratio, advantages, clip):
     """Derivative [B] of min(ratio * Â, clipped ratio * Â) by the ratio (equation 7): Â, but 0 where
     the clipped term is the smaller one, since it is constant."""
@@ -282,7 +282,7 @@ def minibatch_step(policy, batch, chosen, settings, decay):
     logits, activations = forward(policy, batch.states[chosen])
     log_probs = log_softmax(logits)  # [b, K]
     log_ratios = log_probs - batch.log_probs_old[chosen]
-    ratio = np.exp(log_ratios[np.arange(len(chosen)), actions])  # [b]; 1 in a batch's first part
+    ratio = np.exp(log_ratios[np.arange(len(chosen)), actions])  # [b]; all 1 at the first step
     slope = clipped_surrogate_gradient(ratio, batch.advantages[chosen], settings.clip)
     # ratio = exp(log pi - log pi_old), so gradient of ratio = ratio * gradient of log pi, and
     # gradient of L = slope * gradient of ratio = (slope * ratio) * gradient of log pi.

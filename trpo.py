@@ -103,8 +103,7 @@ def forward(network, inputs):
 
 
 def backward(network, activations, grad_outputs):
-    """The chain rule: from grad_outputs [B, K], derivatives of a number by the outputs, to those by
-    theta [P]. This is sum_b J_b^T grad_outputs[b], with J_b = d outputs[b] / d theta."""
+    """The chain rule: from any number's derivatives by the outputs [B, K] to those by theta [P]."""
     _, _, W2, _ = unflatten(network.theta, network.sizes)
     inputs, hidden = activations
     # As outputs[b, k] = sum_h hidden[b, h] * W2[h, k] + b2[k]:
@@ -210,9 +209,11 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     V, of the states in the T rows and of those the last led to. The temporal-difference (TD) error
         td_error_t = r_t + gamma value(s_{t+1}) - value(s_t)
     says how much better a step went than predicted; were value(s) = V(s), its mean would be A. Add
-    gamma td_error_{t+1}: value(s_{t+1}) cancels. With more of them, less depends on values, which
-    can be wrong, but more on rewards, which are noisy; in the end, there are the rewards to come,
-    minus value(s_t). As a compromise, a lambda from 0 to 1 lets the later ones fade:
+    gamma td_error_{t+1}, and value(s_{t+1}) cancels; add all later ones, and so do their values:
+        r_t + gamma r_{t+1} + gamma^2 value(s_{t+2}) - value(s_t)
+        r_t + gamma r_{t+1} + gamma^2 r_{t+2} + ...  - value(s_t)
+    With few, more depends on values, which can be wrong; with many, more on rewards, which are
+    noisy. As a compromise, a lambda from 0 to 1 lets the later ones fade:
         Â_t = td_error_t + gamma lambda td_error_{t+1} + (gamma lambda)^2 td_error_{t+2} + ...
             = td_error_t + gamma lambda Â_{t+1},   up to the end of the episode or batch."""
     # Terminated: nothing more is earned. Truncated: the episode would have gone on, as V predicts.
@@ -265,13 +266,13 @@ def fit_value(value, batch, settings, decay, rng):
 #    the gradient g of L is REINFORCE's, with Â. For a small step, L grows by about g . step.
 # 2. The mean KL has its least value at theta_old, 0, so its gradient is 0. With its second
 #    derivatives, F [P, P], the KL grows by about step . F step / 2 (Taylor).
-# 3. At the best step with KL = delta, no move along the surface KL = delta raises L. So g is at
-#    right angles to it, as is F step, the gradient of the KL: g = mu F step (Lagrange), mu > 0.
-# 4. So step = c x, where F x = g. Its KL, c^2 x . F x / 2, is delta for c = sqrt(2 delta / x . F x).
+# 3. Take these two for exact. At the best step with KL = delta their gradients by the step, g and
+#    F step, are parallel (Lagrange), else a move along the surface KL = delta would raise g . step.
+# 4. So step = c x, where F x = g. Its KL, c^2 x . F x / 2, is delta for c^2 = 2 delta / (x . F x).
 # x, the natural gradient, is found from products F v alone: F, with P^2 entries, may be too large.
 def jacobian_vector_product(policy, activations, vector):
-    """J v [B, K], J = dz/dtheta: how fast the logits z change as theta moves along v [P]. The parts
-    of v are changes of W1, b1, W2, b2. Each line of `forward` is differentiated."""
+    """J v [B, K], J = dz/dtheta: how fast the logits z change as theta moves along v [P], that
+    is, as W1 moves along d_W1, and so on. Each line of `forward` is differentiated."""
     _, _, W2, _ = unflatten(policy.theta, policy.sizes)
     d_W1, d_b1, d_W2, d_b2 = unflatten(vector, policy.sizes)
     inputs, hidden = activations
@@ -291,7 +292,7 @@ def fisher_vector_product(policy, activations, probs, vector):
     d_logits = jacobian_vector_product(policy, activations, vector)  # J v
     mean = (probs * d_logits).sum(axis=1, keepdims=True)  # p^T J v
     d_probs = probs * (d_logits - mean)  # (diag(p) - p p^T) J v
-    return backward(policy, activations, d_probs / len(probs))  # times J^T, mean over the states
+    return backward(policy, activations, d_probs / len(probs))  # times J^T, as the chain rule does
 
 
 def conjugate_gradient(product, b, iterations):
@@ -300,8 +301,8 @@ def conjugate_gradient(product, b, iterations):
     f(x) = b . x - x . M x / 2 has the gradient r, so it is largest where M x = b. Climb from x = 0:
     alpha   Along a direction d, f grows by alpha r . d - alpha^2 d . M d / 2. The top of this is at
             alpha = r . d / (d . M d). The residual there, r' = r - alpha M d, has r' . d = 0.
-    beta    The next move is not to spoil this. A move along e changes the residual by a multiple of
-            M e. So d . M e is to be 0: with e = r' + beta d, beta = -(r' . M d) / (d . M d).
+    beta    The next climb, along e = r' + beta d, is not to spoil this. It changes the residual by
+            a multiple of M e. So d . M e is to be 0:  beta = -(r' . M d) / (d . M d),  as M = M^T.
     (r' . d stays 0 for all earlier d: Nocedal & Wright 2006, theorem 5.3. P rounds are exact.)"""
     x = np.zeros_like(b)
     residual = b
@@ -322,8 +323,7 @@ def conjugate_gradient(product, b, iterations):
 def line_search(policy, full_step, batch, settings):
     """full_step rests on approximations: here KL and L are measured. Take the first of full_step *
     backtrack_factor^n, n = 0 to max_backtracks, with KL <= delta and a larger L (or, without
-    settings.line_search, the first). Return L's growth, and n. If none will do, theta stays as it
-    was, to the bit, L's growth is 0, and n is max_backtracks."""
+    settings.line_search, the first). If none will do, theta stays. Return L's growth, the last n."""
     theta_old = policy.theta
     for backtracks in range(settings.max_backtracks + 1):
         policy.theta = theta_old + settings.backtrack_factor**backtracks * full_step
@@ -340,8 +340,9 @@ def line_search(policy, full_step, batch, settings):
 
 
 def update_policy(policy, batch, settings, decay, rng):  # decay and rng are not needed here
-    """The step c x, then the line search. If the KL hardly changes along v, F v is near 0, and x so
-    long there that Taylor fails. F + damping I in place of F prevents it, but overrates the KL."""
+    """The step c x, then the line search. If F v is almost 0 for a v, F x = g asks for a huge x
+    along v, as if that were free, while the model holds only near theta_old. F + damping I in place
+    of F gives each direction a price. It overestimates the KL: the step is a bit too short."""
     _, activations = forward(policy, batch.states)
     g = policy_gradient(policy, activations, batch.log_probs_old, batch.actions, batch.advantages)
     probs = np.exp(batch.log_probs_old)
