@@ -323,7 +323,7 @@ def conjugate_gradient(product, b, iterations):
 def line_search(policy, full_step, batch, settings):
     """full_step rests on approximations: here KL and L are measured. Take the first of full_step *
     backtrack_factor^n, n = 0 to max_backtracks, with KL <= delta and a larger L (or, without
-    settings.line_search, the first). If none will do, theta stays. Return L's growth, the last n."""
+    settings.line_search, the first). If none will, theta stays. Return L's growth, the last n."""
     theta_old = policy.theta
     for backtracks in range(settings.max_backtracks + 1):
         policy.theta = theta_old + settings.backtrack_factor**backtracks * full_step
