@@ -213,12 +213,12 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     """Generalized advantage estimation (Schulman et al. 2016): Â [T, N]. values [T + 1, N] estimate
     V, of the states in the T rows and of those the last led to. The temporal-difference (TD) error
         td_error_t = r_t + gamma value(s_{t+1}) - value(s_t)
-    says how much better a step went than predicted; were value(s) = V(s), its mean would be A. Add
-    gamma td_error_{t+1}, and value(s_{t+1}) cancels; add all later ones, and so do their values:
-        r_t + gamma r_{t+1} + gamma^2 value(s_{t+2}) - value(s_t)
-        r_t + gamma r_{t+1} + gamma^2 r_{t+2} + ...  - value(s_t)
-    With few, more depends on values, which can be wrong; with many, more on rewards, which are
-    noisy. As a compromise, a lambda from 0 to 1 lets the later ones fade:
+    says how much better a step went than predicted; if value(s) = V(s), its mean is A. In the sum
+        td_error_t + gamma td_error_{t+1}
+            = r_t + gamma r_{t+1} + gamma^2 value(s_{t+2}) - value(s_t)
+    value(s_{t+1}) has canceled. Add gamma^2 td_error_{t+2} and all later ones: only rewards remain,
+    minus value(s_t). Few errors depend more on values, which can be wrong; many, on rewards, which
+    are noisy. As a compromise, a lambda from 0 to 1 lets the later ones fade:
         Â_t = td_error_t + gamma lambda td_error_{t+1} + (gamma lambda)^2 td_error_{t+2} + ...
             = td_error_t + gamma lambda Â_{t+1},   up to the end of the episode or batch."""
     # Terminated: nothing more is earned. Truncated: the episode would have gone on, as V predicts.
@@ -227,7 +227,7 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     ended = terminated | truncated
     advantages = np.zeros_like(values)  # [T + 1, N]; the last row stays 0
     for t in reversed(range(len(rewards))):
-        following = np.where(ended[t], 0, advantages[t + 1])  # that of a resetting row is void
+        following = np.where(ended[t], 0, advantages[t + 1])  # no sum across an episode's end
         advantages[t] = td_errors[t] + gamma * gae_lambda * following
     return advantages[:-1]
 

@@ -208,12 +208,12 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     """Generalized advantage estimation (Schulman et al. 2016): Â [T, N]. values [T + 1, N] estimate
     V, of the states in the T rows and of those the last led to. The temporal-difference (TD) error
         td_error_t = r_t + gamma value(s_{t+1}) - value(s_t)
-    says how much better a step went than predicted; were value(s) = V(s), its mean would be A. Add
-    gamma td_error_{t+1}, and value(s_{t+1}) cancels; add all later ones, and so do their values:
-        r_t + gamma r_{t+1} + gamma^2 value(s_{t+2}) - value(s_t)
-        r_t + gamma r_{t+1} + gamma^2 r_{t+2} + ...  - value(s_t)
-    With few, more depends on values, which can be wrong; with many, more on rewards, which are
-    noisy. As a compromise, a lambda from 0 to 1 lets the later ones fade:
+    says how much better a step went than predicted; if value(s) = V(s), its mean is A. In the sum
+        td_error_t + gamma td_error_{t+1}
+            = r_t + gamma r_{t+1} + gamma^2 value(s_{t+2}) - value(s_t)
+    value(s_{t+1}) has canceled. Add gamma^2 td_error_{t+2} and all later ones: only rewards remain,
+    minus value(s_t). Few errors depend more on values, which can be wrong; many, on rewards, which
+    are noisy. As a compromise, a lambda from 0 to 1 lets the later ones fade:
         Â_t = td_error_t + gamma lambda td_error_{t+1} + (gamma lambda)^2 td_error_{t+2} + ...
             = td_error_t + gamma lambda Â_{t+1},   up to the end of the episode or batch."""
     # Terminated: nothing more is earned. Truncated: the episode would have gone on, as V predicts.
@@ -222,7 +222,7 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     ended = terminated | truncated
     advantages = np.zeros_like(values)  # [T + 1, N]; the last row stays 0
     for t in reversed(range(len(rewards))):
-        following = np.where(ended[t], 0, advantages[t + 1])  # that of a resetting row is void
+        following = np.where(ended[t], 0, advantages[t + 1])  # no sum across an episode's end
         advantages[t] = td_errors[t] + gamma * gae_lambda * following
     return advantages[:-1]
 
@@ -266,8 +266,8 @@ def fit_value(value, batch, settings, decay, rng):
 #    the gradient g of L is REINFORCE's, with Â. For a small step, L grows by about g . step.
 # 2. The mean KL has its least value at theta_old, 0, so its gradient is 0. With its second
 #    derivatives, F [P, P], the KL grows by about step . F step / 2 (Taylor).
-# 3. Take these two for exact. At the best step with KL = delta their gradients by the step, g and
-#    F step, are parallel (Lagrange), else a move along the surface KL = delta would raise g . step.
+# 3. Take these two for exact. At the best step with KL = delta, the gradients of L and of the KL, g
+#    and F step, are parallel (Lagrange): else, sliding along KL = delta would raise g . step.
 # 4. So step = c x, where F x = g. Its KL, c^2 x . F x / 2, is delta for c^2 = 2 delta / (x . F x).
 # x, the natural gradient, is found from products F v alone: F, with P^2 entries, may be too large.
 def jacobian_vector_product(policy, activations, vector):
@@ -301,9 +301,9 @@ def conjugate_gradient(product, b, iterations):
     f(x) = b . x - x . M x / 2 has the gradient r, so it is largest where M x = b. Climb from x = 0:
     alpha   Along a direction d, f grows by alpha r . d - alpha^2 d . M d / 2. The top of this is at
             alpha = r . d / (d . M d). The residual there, r' = r - alpha M d, has r' . d = 0.
-    beta    The next climb, along e = r' + beta d, is not to spoil this. It changes the residual by
-            a multiple of M e. So d . M e is to be 0:  beta = -(r' . M d) / (d . M d),  as M = M^T.
-    (r' . d stays 0 for all earlier d: Nocedal & Wright 2006, theorem 5.3. P rounds are exact.)"""
+    beta    To climb along r' next would spoil that, as a move along e takes M e from the residual.
+            So climb along e = r' + beta d, where d . M e = 0 if beta = -(r' . M d) / (d . M d).
+    (r' . d stays 0 for earlier d: Nocedal & Wright 2006, theorem 5.3. Unrounded, P rounds suffice.)"""
     x = np.zeros_like(b)
     residual = b
     direction = b
@@ -342,7 +342,7 @@ def line_search(policy, full_step, batch, settings):
 def update_policy(policy, batch, settings, decay, rng):  # decay and rng are not needed here
     """The step c x, then the line search. If F v is almost 0 for a v, F x = g asks for a huge x
     along v, as if that were free, while the model holds only near theta_old. F + damping I in place
-    of F gives each direction a price. It overestimates the KL: the step is a bit too short."""
+    of F gives each direction a price. It turns x towards g, and the KL often stays below delta."""
     _, activations = forward(policy, batch.states)
     g = policy_gradient(policy, activations, batch.log_probs_old, batch.actions, batch.advantages)
     probs = np.exp(batch.log_probs_old)

@@ -3,7 +3,8 @@
 A policy pi(a|s; theta) is a neural network with weights theta. For a state s it gives each action a
 a probability. The return is the sum of an episode's rewards, discounted: r_0 + gamma r_1 +
 gamma^2 r_2 + ... We want the theta with the largest expected return. V(s) is the expected return
-from state s on; Q(s, a) the same if action a comes first; A(s, a) = Q(s, a) - V(s) the advantage.
+from state s on, with pi playing; Q(s, a) the same, but with a as the first action; the advantage
+A(s, a) = Q(s, a) - V(s) says how much better a is than pi's average. All change with theta.
 
 The policy gradient theorem (Sutton & Barto 2018, section 13.2) says, for gamma = 1: the gradient
 of the expected return is, up to a positive factor, the mean of Q(s, a) * gradient of log pi(a|s)
@@ -14,12 +15,13 @@ would hardly count. The gradient is estimated from a batch of steps, by
     g  =  mean over the batch of  Â * gradient of log pi(a|s; theta),
 
 where Â, an estimate of A, is roughly the return that followed minus V(s). With the return alone,
-this is REINFORCE. V(s) is a baseline: it makes g less noisy, but does not change its mean. For it
-is the same for all a, and pi * gradient of log pi = gradient of pi:
+this is REINFORCE. V(s) is a baseline: it makes g less noisy, but does not change its mean. For V(s)
+is the same for all a, pi * gradient of log pi = gradient of pi, and the probabilities sum to 1:
     sum_a pi * V * gradient of log pi  =  V * gradient of sum_a pi  =  V * gradient of 1  =  0.
-A second network, `value`, estimates V. It has another use: where the batch ends before the episode
-does, its output for the last state replaces the rewards not seen. In part it replaces even rewards
-that were seen, as it is less noisy (section 5). Where it is wrong, this changes the mean of g.
+So Q - V = A may stand for Q. A second network, `value`, estimates V. It has another use: where the
+batch ends before the episode does, its output for the last state replaces the rewards not seen. In
+part it replaces even rewards that were seen, as it is less noisy (section 5); but where it is wrong
+("bias"), the mean of g changes.
 
     repeat:  play a batch of steps with the policy                  (section 4)
              estimate Â; set targets for V: Â + V; normalize Â      (section 5)
@@ -206,12 +208,12 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     """Generalized advantage estimation (Schulman et al. 2016): Â [T, N]. values [T + 1, N] estimate
     V, of the states in the T rows and of those the last led to. The temporal-difference (TD) error
         td_error_t = r_t + gamma value(s_{t+1}) - value(s_t)
-    says how much better a step went than predicted; were value(s) = V(s), its mean would be A. Add
-    gamma td_error_{t+1}, and value(s_{t+1}) cancels; add all later ones, and so do their values:
-        r_t + gamma r_{t+1} + gamma^2 value(s_{t+2}) - value(s_t)
-        r_t + gamma r_{t+1} + gamma^2 r_{t+2} + ...  - value(s_t)
-    With few, more depends on values, which can be wrong; with many, more on rewards, which are
-    noisy. As a compromise, a lambda from 0 to 1 lets the later ones fade:
+    says how much better a step went than predicted; if value(s) = V(s), its mean is A. In the sum
+        td_error_t + gamma td_error_{t+1}
+            = r_t + gamma r_{t+1} + gamma^2 value(s_{t+2}) - value(s_t)
+    value(s_{t+1}) has canceled. Add gamma^2 td_error_{t+2} and all later ones: only rewards remain,
+    minus value(s_t). Few errors depend more on values, which can be wrong; many, on rewards, which
+    are noisy. As a compromise, a lambda from 0 to 1 lets the later ones fade:
         Â_t = td_error_t + gamma lambda td_error_{t+1} + (gamma lambda)^2 td_error_{t+2} + ...
             = td_error_t + gamma lambda Â_{t+1},   up to the end of the episode or batch."""
     # Terminated: nothing more is earned. Truncated: the episode would have gone on, as V predicts.
@@ -220,7 +222,7 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     ended = terminated | truncated
     advantages = np.zeros_like(values)  # [T + 1, N]; the last row stays 0
     for t in reversed(range(len(rewards))):
-        following = np.where(ended[t], 0, advantages[t + 1])  # that of a resetting row is void
+        following = np.where(ended[t], 0, advantages[t + 1])  # no sum across an episode's end
         advantages[t] = td_errors[t] + gamma * gae_lambda * following
     return advantages[:-1]
 
