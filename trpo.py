@@ -11,18 +11,18 @@ to which its first has led: that gains gamma A(s_1, a_1) more. And so on: over e
 (equation 1 of the paper). But the batch is pi_old's. Its actions can be reweighted: in each state,
 sum_a pi A = sum_a pi_old (pi / pi_old) A. To reweight its states, one would need the product of the
 ratios of all earlier actions: much too noisy. So pi_old's states are kept, and that is nearly right
-only while pi acts almost like pi_old. With an estimate Â of A (and without gamma^t, as is usual):
+only while pi acts like pi_old. With an estimate Â of A (no gamma^t, or late steps hardly count):
 
     maximize    L(theta)  =  mean over the batch of  Â * pi(a|s; theta) / pi(a|s; theta_old)
     subject to  mean over its states of KL(pi_old || pi)  <=  delta
 
-L, in place of the gain, is called the surrogate, pi / pi_old the ratio. The bound on KL (section 3)
-makes the trust region. (A bound on theta will not do: equal changes can alter pi a lot or not.)
+L is the surrogate of the gain, pi / pi_old the ratio. The bound on sum_a pi_old log(pi_old / pi) =
+KL makes the trust region. (A bound on theta will not do: equal changes can alter pi a lot or not.)
 
     repeat:  play a batch of steps with the policy                         (section 4)
-             estimate Â; set targets for V: Â + V; normalize Â             (section 5)
+             estimate Â; targets of `value`: Â + value(s); normalize Â     (section 5)
              change theta, in the best direction as far as KL <= delta     (section 6)
-             fit V to its targets                                          (section 5)
+             fit the network `value`, an estimate of V                     (section 5)
 Run:  python trpo.py    Options:  python trpo.py --help    Schulman et al. 2015, arXiv:1502.05477
 """
 
@@ -48,10 +48,10 @@ class Settings:
     num_envs: int = option(16, "environments that run side by side", 1)
     horizon: int = option(48, "steps of each environment in a batch", 2)
     gamma: float = option(0.99, "discount factor", 0, 1)
-    gae_lambda: float = option(0.99, "lambda of `gae`: 0 relies on V, 1 on the rewards", 0, 1)
+    gae_lambda: float = option(0.99, "lambda of `gae`: 0 relies on `value`, 1 on rewards", 0, 1)
     hidden: int = option(64, "units in the hidden layer", 1)
-    value_learning_rate: float = option(2e-2, "learning rate of V; falls to 0", 0, 1000)
-    value_epochs: int = option(4, "passes over each batch to fit V", 0)
+    value_learning_rate: float = option(2e-2, "learning rate of `value`; falls to 0", 0, 1000)
+    value_epochs: int = option(4, "passes over each batch to fit `value`", 0)
     minibatches: int = option(4, "parts into which each pass splits the batch", 1)
     watch: bool = option(False, "in the end, show the policy in a window")
     delta: float = option(0.01, "trust region: largest mean KL of an update, in nats", 1e-12, 1e6)
@@ -74,14 +74,14 @@ class Settings:
 # in a state, H hidden units, K outputs (of a policy: one per action), P parameters.
 class Network:
     def __init__(self, sizes, last_gain, rng):
-        """The policy, or V: a tanh layer, a linear layer. All parameters are one vector, theta."""
+        """The policy, or `value`: a tanh and a linear layer. Its parameters are a vector, theta."""
         D, H, K = sizes
         W1 = rng.standard_normal((D, H)) / np.sqrt(D)  # as a sum of D random terms grows as sqrt(D)
         W2 = rng.standard_normal((H, K)) / np.sqrt(H) * last_gain  # if small, so are the outputs
         parts = [W1.ravel(), np.zeros(H), W2.ravel(), np.zeros(K)]  # the order of `unflatten`
         self.theta = np.concatenate(parts).astype(np.float32)  # [P]
         self.sizes = sizes
-        self.adam_m = np.zeros_like(self.theta)  # what `adam` remembers from step to step
+        self.adam_m = np.zeros_like(self.theta)  # memory of `adam`, if it trains this
         self.adam_v = np.zeros_like(self.theta)
         self.adam_steps = 0
 
@@ -103,7 +103,7 @@ def forward(network, inputs):
 
 
 def backward(network, activations, grad_outputs):
-    """The chain rule: from any number's derivatives by the outputs [B, K] to those by theta [P]."""
+    """The chain rule: from dy / d outputs [B, K], of some number y, to dy / d theta [P]."""
     _, _, W2, _ = unflatten(network.theta, network.sizes)
     inputs, hidden = activations
     # As outputs[b, k] = sum_h hidden[b, h] * W2[h, k] + b2[k]:
@@ -182,7 +182,7 @@ class Experience:
     nothing there: it ignores the action and returns the first state of a new episode. So there are
         row 7  state s7  action taken    leads to s8: terminated, or truncated by a time limit
         row 8  state s8  action ignored  leads to a new episode's first state: resetting
-    Row 8 is no experience: `collect` drops it, once `gae` has used its V(s8)."""
+    Row 8 is no experience: `collect` drops it, once `gae` has used value(s8) for row 7."""
 
     def __init__(self, settings, rng):
         env = make_env(settings, settings.num_envs)
@@ -216,7 +216,7 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     are noisy. As a compromise, a lambda from 0 to 1 lets the later ones fade:
         Â_t = td_error_t + gamma lambda td_error_{t+1} + (gamma lambda)^2 td_error_{t+2} + ...
             = td_error_t + gamma lambda Â_{t+1},   up to the end of the episode or batch."""
-    # Terminated: nothing more is earned. Truncated: the episode would have gone on, as V predicts.
+    # Terminated: nothing more is earned. Truncated: `value` says what would have been earned.
     next_values = np.where(terminated, 0, values[1:])  # row t + 1 holds where row t led
     td_errors = rewards + gamma * next_values - values[:-1]
     ended = terminated | truncated
@@ -239,11 +239,11 @@ def collect(experience, policy, value, settings, rng):
     batch = SimpleNamespace()
     batch.states = all_states[:-1][real]  # [B, D]
     batch.actions = actions[real]
-    batch.values = values[:-1][real]  # V before it is fitted, for `report`
-    batch.targets = (advantages + values[:-1])[real]  # Â + V estimates the return
+    batch.values = values[:-1][real]  # before the fit, for `report`
+    batch.targets = (advantages + values[:-1])[real]  # Â + value(s) estimates the return
     advantages = advantages[real]
-    # Usual, though no theory asks for it: minus the mean, nearly one more baseline; divided by the
-    # standard deviation, for one scale in all batches. (TRPO's step does not depend on the scale.)
+    # Usual, though no theory asks for it. Minus the mean: nearly one more baseline. Divided by the
+    # deviation: no batch outweighs others in Adam's means. (TRPO's step does not depend on this.)
     batch.advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     logits, _ = forward(policy, batch.states)  # again, as `play` keeps only the actions
     batch.log_probs_old = log_softmax(logits)  # [B, K], old: of the policy that played
@@ -251,7 +251,7 @@ def collect(experience, policy, value, settings, rng):
 
 
 def fit_value(value, batch, settings, decay, rng):
-    """Bring V's network closer to the targets: uphill on the mean of -(target - output)^2 / 2."""
+    """Bring `value` closer to the targets: uphill on the mean of -(target - output)^2 / 2."""
     for _ in range(settings.value_epochs):
         order = rng.permutation(len(batch.targets))
         for chosen in np.array_split(order, settings.minibatches):
@@ -269,7 +269,7 @@ def fit_value(value, batch, settings, decay, rng):
 # 3. Take these two for exact. At the best step with KL = delta, the gradients of L and of the KL, g
 #    and F step, are parallel (Lagrange): else, sliding along KL = delta would raise g . step.
 # 4. So step = c x, where F x = g. Its KL, c^2 x . F x / 2, is delta for c^2 = 2 delta / (x . F x).
-# x, the natural gradient, is found from products F v alone: F, with P^2 entries, may be too large.
+# x, the natural gradient, is found from products F v alone. (With a million weights, F is too big.)
 def jacobian_vector_product(policy, activations, vector):
     """J v [B, K], J = dz/dtheta: how fast the logits z change as theta moves along v [P], that
     is, as W1 moves along d_W1, and so on. Each line of `forward` is differentiated."""
@@ -303,7 +303,7 @@ def conjugate_gradient(product, b, iterations):
             alpha = r . d / (d . M d). The residual there, r' = r - alpha M d, has r' . d = 0.
     beta    To climb along r' next would spoil that, as a move along e takes M e from the residual.
             So climb along e = r' + beta d, where d . M e = 0 if beta = -(r' . M d) / (d . M d).
-    (r' . d stays 0 for earlier d: Nocedal & Wright 2006, theorem 5.3. Unrounded, P rounds suffice.)"""
+    (r' . d stays 0 for earlier d: Nocedal & Wright 2006, theorem 5.3. P rounds suffice.)"""
     x = np.zeros_like(b)
     residual = b
     direction = b
@@ -321,7 +321,7 @@ def conjugate_gradient(product, b, iterations):
 
 
 def line_search(policy, full_step, batch, settings):
-    """full_step rests on approximations: here KL and L are measured. Take the first of full_step *
+    """Move theta. full_step is approximate, so measure KL and L. Take the first of full_step *
     backtrack_factor^n, n = 0 to max_backtracks, with KL <= delta and a larger L (or, without
     settings.line_search, the first). If none will, theta stays. Return L's growth, the last n."""
     theta_old = policy.theta
@@ -367,9 +367,9 @@ def initial_policy(settings):
 
 
 def train(settings, policy):
-    """A generator: each turn of `for row in train(settings, policy)` updates the policy once."""
+    """Train `policy`, in place. A generator: after each update, it yields a row of figures."""
     start = time.perf_counter()
-    rng = np.random.default_rng([settings.seed, 1])  # another stream; 2 and 3 evaluate
+    rng = np.random.default_rng([settings.seed, 1])  # another stream; `main` has 2 and 3
     value = Network((*policy.sizes[:2], 1), 1.0, rng)  # sizes (D, H, 1)
     experience = Experience(settings, rng)
     steps = 0
@@ -394,7 +394,7 @@ def report(policy, theta_old, batch, experience):
     returns = experience.env.return_queue  # of the last 100 finished episodes, not discounted
     entropies = -(np.exp(batch.log_probs_old) * batch.log_probs_old).sum(axis=1)  # [B], in nats
     variance = float(batch.targets.var())
-    unexplained = float((batch.targets - batch.values).var())  # by V, before its fit
+    unexplained = float((batch.targets - batch.values).var())  # by `value`, before its fit
     return {
         "episodes": int(experience.env.episode_count),
         "episode_return": float(np.mean(returns)) if returns else np.nan,
@@ -407,7 +407,7 @@ def report(policy, theta_old, batch, experience):
 
 # --- 8. Evaluation and command line ---------------------------------------------------------------
 def evaluate(policy, env, rng, max_steps=1000):
-    """Return [N] of one episode in each environment (to max_steps) with the likeliest actions."""
+    """The return [N] of an episode in each environment (to max_steps), by the likeliest actions."""
     states, _ = env.reset(seed=int(rng.integers(2**31)))
     returns = np.zeros(env.num_envs)
     running = np.ones(env.num_envs, bool)

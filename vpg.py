@@ -23,10 +23,10 @@ batch ends before the episode does, its output for the last state replaces the r
 part it replaces even rewards that were seen, as it is less noisy (section 5); but where it is wrong
 ("bias"), the mean of g changes.
 
-    repeat:  play a batch of steps with the policy                  (section 4)
-             estimate Â; set targets for V: Â + V; normalize Â      (section 5)
-             change theta once, by Adam, with g                     (sections 6, 3 and 2)
-             fit V to its targets                                   (section 5)
+    repeat:  play a batch of steps with the policy                      (section 4)
+             estimate Â; targets of `value`: Â + value(s); normalize Â  (section 5)
+             change theta once, by Adam, with g                         (sections 6, 3 and 2)
+             fit `value` to its targets                                 (section 5)
 Only one change for each batch, as g is right only for the policy that played it.
 Run:  python vpg.py    Options:  python vpg.py --help
 """
@@ -53,10 +53,10 @@ class Settings:
     num_envs: int = option(16, "environments that run side by side", 1)
     horizon: int = option(48, "steps of each environment in a batch", 2)
     gamma: float = option(0.99, "discount factor", 0, 1)
-    gae_lambda: float = option(0.99, "lambda of `gae`: 0 relies on V, 1 on the rewards", 0, 1)
+    gae_lambda: float = option(0.99, "lambda of `gae`: 0 relies on `value`, 1 on rewards", 0, 1)
     hidden: int = option(64, "units in the hidden layer", 1)
-    value_learning_rate: float = option(2e-2, "learning rate of V; falls to 0", 0, 1000)
-    value_epochs: int = option(4, "passes over each batch to fit V", 0)
+    value_learning_rate: float = option(2e-2, "learning rate of `value`; falls to 0", 0, 1000)
+    value_epochs: int = option(4, "passes over each batch to fit `value`", 0)
     minibatches: int = option(4, "parts into which each pass splits the batch", 1)
     watch: bool = option(False, "in the end, show the policy in a window")
     learning_rate: float = option(2.4e-2, "learning rate of the policy; falls to 0", 0, 1000)
@@ -74,14 +74,14 @@ class Settings:
 # in a state, H hidden units, K outputs (of a policy: one per action), P parameters.
 class Network:
     def __init__(self, sizes, last_gain, rng):
-        """The policy, or V: a tanh layer, a linear layer. All parameters are one vector, theta."""
+        """The policy, or `value`: a tanh and a linear layer. Its parameters are a vector, theta."""
         D, H, K = sizes
         W1 = rng.standard_normal((D, H)) / np.sqrt(D)  # as a sum of D random terms grows as sqrt(D)
         W2 = rng.standard_normal((H, K)) / np.sqrt(H) * last_gain  # if small, so are the outputs
         parts = [W1.ravel(), np.zeros(H), W2.ravel(), np.zeros(K)]  # the order of `unflatten`
         self.theta = np.concatenate(parts).astype(np.float32)  # [P]
         self.sizes = sizes
-        self.adam_m = np.zeros_like(self.theta)  # what `adam` remembers from step to step
+        self.adam_m = np.zeros_like(self.theta)  # memory of `adam`, if it trains this
         self.adam_v = np.zeros_like(self.theta)
         self.adam_steps = 0
 
@@ -103,7 +103,7 @@ def forward(network, inputs):
 
 
 def backward(network, activations, grad_outputs):
-    """The chain rule: from any number's derivatives by the outputs [B, K] to those by theta [P]."""
+    """The chain rule: from dy / d outputs [B, K], of some number y, to dy / d theta [P]."""
     _, _, W2, _ = unflatten(network.theta, network.sizes)
     inputs, hidden = activations
     # As outputs[b, k] = sum_h hidden[b, h] * W2[h, k] + b2[k]:
@@ -182,7 +182,7 @@ class Experience:
     nothing there: it ignores the action and returns the first state of a new episode. So there are
         row 7  state s7  action taken    leads to s8: terminated, or truncated by a time limit
         row 8  state s8  action ignored  leads to a new episode's first state: resetting
-    Row 8 is no experience: `collect` drops it, once `gae` has used its V(s8)."""
+    Row 8 is no experience: `collect` drops it, once `gae` has used value(s8) for row 7."""
 
     def __init__(self, settings, rng):
         env = make_env(settings, settings.num_envs)
@@ -216,7 +216,7 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     are noisy. As a compromise, a lambda from 0 to 1 lets the later ones fade:
         Â_t = td_error_t + gamma lambda td_error_{t+1} + (gamma lambda)^2 td_error_{t+2} + ...
             = td_error_t + gamma lambda Â_{t+1},   up to the end of the episode or batch."""
-    # Terminated: nothing more is earned. Truncated: the episode would have gone on, as V predicts.
+    # Terminated: nothing more is earned. Truncated: `value` says what would have been earned.
     next_values = np.where(terminated, 0, values[1:])  # row t + 1 holds where row t led
     td_errors = rewards + gamma * next_values - values[:-1]
     ended = terminated | truncated
@@ -239,11 +239,11 @@ def collect(experience, policy, value, settings, rng):
     batch = SimpleNamespace()
     batch.states = all_states[:-1][real]  # [B, D]
     batch.actions = actions[real]
-    batch.values = values[:-1][real]  # V before it is fitted, for `report`
-    batch.targets = (advantages + values[:-1])[real]  # Â + V estimates the return
+    batch.values = values[:-1][real]  # before the fit, for `report`
+    batch.targets = (advantages + values[:-1])[real]  # Â + value(s) estimates the return
     advantages = advantages[real]
-    # Usual, though no theory asks for it: minus the mean, nearly one more baseline; divided by the
-    # standard deviation, for one scale in all batches. (TRPO's step does not depend on the scale.)
+    # Usual, though no theory asks for it. Minus the mean: nearly one more baseline. Divided by the
+    # deviation: no batch outweighs others in Adam's means. (TRPO's step does not depend on this.)
     batch.advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     logits, _ = forward(policy, batch.states)  # again, as `play` keeps only the actions
     batch.log_probs_old = log_softmax(logits)  # [B, K], old: of the policy that played
@@ -251,7 +251,7 @@ def collect(experience, policy, value, settings, rng):
 
 
 def fit_value(value, batch, settings, decay, rng):
-    """Bring V's network closer to the targets: uphill on the mean of -(target - output)^2 / 2."""
+    """Bring `value` closer to the targets: uphill on the mean of -(target - output)^2 / 2."""
     for _ in range(settings.value_epochs):
         order = rng.permutation(len(batch.targets))
         for chosen in np.array_split(order, settings.minibatches):
@@ -280,9 +280,9 @@ def initial_policy(settings):
 
 
 def train(settings, policy):
-    """A generator: each turn of `for row in train(settings, policy)` updates the policy once."""
+    """Train `policy`, in place. A generator: after each update, it yields a row of figures."""
     start = time.perf_counter()
-    rng = np.random.default_rng([settings.seed, 1])  # another stream; 2 and 3 evaluate
+    rng = np.random.default_rng([settings.seed, 1])  # another stream; `main` has 2 and 3
     value = Network((*policy.sizes[:2], 1), 1.0, rng)  # sizes (D, H, 1)
     experience = Experience(settings, rng)
     steps = 0
@@ -307,7 +307,7 @@ def report(policy, theta_old, batch, experience):
     returns = experience.env.return_queue  # of the last 100 finished episodes, not discounted
     entropies = -(np.exp(batch.log_probs_old) * batch.log_probs_old).sum(axis=1)  # [B], in nats
     variance = float(batch.targets.var())
-    unexplained = float((batch.targets - batch.values).var())  # by V, before its fit
+    unexplained = float((batch.targets - batch.values).var())  # by `value`, before its fit
     return {
         "episodes": int(experience.env.episode_count),
         "episode_return": float(np.mean(returns)) if returns else np.nan,
@@ -320,7 +320,7 @@ def report(policy, theta_old, batch, experience):
 
 # --- 8. Evaluation and command line ---------------------------------------------------------------
 def evaluate(policy, env, rng, max_steps=1000):
-    """Return [N] of one episode in each environment (to max_steps) with the likeliest actions."""
+    """The return [N] of an episode in each environment (to max_steps), by the likeliest actions."""
     states, _ = env.reset(seed=int(rng.integers(2**31)))
     returns = np.zeros(env.num_envs)
     running = np.ones(env.num_envs, bool)
