@@ -12,7 +12,7 @@ run proves little, since luck decides much. So each variant is trained with seve
 
 A run trains one variant with one seed. Each of its updates gives a row of numbers:
     variants (section 1)  ->  runs (2)  ->  rows, saved as CSV (3)  ->  table (4) and picture (5)
-A variant's name holds neither --steps nor --env: combine only runs in which these agree.
+What is given to compare.py itself (--steps, say) is in no name: combine runs only if it agrees.
 """
 
 import os
@@ -86,13 +86,13 @@ def check(options):
 
 
 def read_variant(text, options):
-    """Its labels, the first cells of its rows; and all settings, as text, to know equal variants."""
+    """Its labels, the same in all its rows; and its settings, as text, to tell equal variants."""
     script, *typed = text.split() or [""]  # "ppo --clip 0.1" -> "ppo" and ["--clip", "0.1"]
     script = script.removesuffix(".py")
     scripts = {path.stem for path in Path(__file__).parent.glob("*.py")} - {"compare", "test_smoke"}
     if script not in scripts:
         refuse(f"no script {script!r} beside compare.py; there are: {', '.join(sorted(scripts))}")
-    module = import_module(script)  # parse, make_env, initial_policy; train yields dicts of numbers
+    module = import_module(script)  # has parse, make_env, initial_policy, train
     try:
         with redirect_stderr(StringIO()) as printed:
             settings = module.parse([*options.shared, *typed])
@@ -162,14 +162,14 @@ def train_all(variants, options):
     in a process of its own, so that one that is killed, for want of memory, say, kills no other."""
     spawn = multiprocessing.get_context("spawn")
     waiting = list(product(range(options.seeds), variants))
-    running = {}  # the labels of each run that goes on, by the end of a pipe where its rows arrive
+    running = {}  # receiving end of a pipe -> labels of the run that will send its rows through it
     while waiting or running:
         while waiting and len(running) < options.jobs:
             number, variant = waiting.pop(0)
             labels = variant | {"seed": str(int(variant["seed"]) + number)}
             receiver, sender = spawn.Pipe(duplex=False)
             spawn.Process(target=train, args=(labels, options.shared, sender), daemon=True).start()
-            sender.close()  # ours; when the run's is closed, too, the pipe ends: EOFError
+            sender.close()  # our copy: with the run's closed, too, recv raises EOFError
             running[receiver] = labels
         for receiver in multiprocessing.connection.wait(running):
             labels = running.pop(receiver)
@@ -251,8 +251,8 @@ def solved_after(run):
 
 
 def has_collapsed(run):
-    """Whether a run lost half of its gain again. Gain: its best return so far less its first one over
-    100 episodes. Less than a fifth of the way to the threshold is taken for noise."""
+    """Whether a run lost half of its gain again, its best return so far minus the first over 100
+    episodes. A gain below a fifth of the way from this to the threshold is taken for noise."""
     returns = column(run, "episode_return")[column(run, "episodes") >= 100]
     for best, now in zip(np.maximum.accumulate(returns), returns):
         gain = best - returns[0]
@@ -272,7 +272,7 @@ def summarize(rows):
     runs = list(group(rows, "seed").values())
     learning = [run[: solved_after(run)] for run in runs]  # all of a run if that is None
     solved = [run[solved_after(run) - 1] for run in runs if solved_after(run)]
-    never = [np.inf] * (len(runs) - len(solved))
+    never = [np.inf] * (len(runs) - len(solved))  # after infinitely many steps
     ends = [run[-1] for run in runs]
     returns = np.sort([number for number in column(ends, "episode_return") if np.isfinite(number)])
     quarter = len(returns) // 4
@@ -288,7 +288,7 @@ def summarize(rows):
         "s/update": as_text(np.median, column(ends, "seconds") / column(ends, "update"), ".3f"),
     }
     if not rows[0]["threshold"]:
-        summary |= {"solved": "-", "collapsed": "-"}
+        summary |= {"solved": "-", "median step": "-", "collapsed": "-"}
     return summary
 
 
@@ -312,7 +312,7 @@ def table(rows):
 # --- 5. Picture -----------------------------------------------------------------------------------
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255"]
 LINES = ["-", "--", "-.", ":", "-", "--", "-.", ":"]
-SMALL = 1e-7  # a KL up to this is rounding in float32: the policy has not moved
+SMALL = 1e-7  # a KL up to this is lost in float32's rounding, and is not drawn
 
 
 def draw(rows):
@@ -351,7 +351,7 @@ def label_axes(panels, rows):
     """Titles, axes, units, and lines to read the curves against."""
     steps = {"xlabel": "thousand environment steps", "xlim": (0, None)}
     panels["return"].set(title="Mean return of the last 100 episodes (grey line: solved)", **steps)
-    panels["kl"].set(title="How far does an update move the policy?", **steps)
+    panels["kl"].set(title="KL of an update: median and middle half, all seeds", **steps)
     panels["return"].legend(loc="lower center", bbox_to_anchor=(0.5, 1.1), ncols=2, handlelength=4)
     for threshold in filter(None, group(rows, "threshold")):
         panels["return"].axhline(float(threshold), color="0.3", linewidth=1)
@@ -361,7 +361,7 @@ def label_axes(panels, rows):
 
 
 def mark_slice(axis, distances, kl):
-    """Mark updates, of all variants, that move the weights equally far, and the range of their KL."""
+    """Mark updates (of all variants) that move theta equally far, and the range of their KL."""
     axis.set_title("Are equal steps in weights equal in behavior?")
     axis.set(xlim=(1e-4, max(10, max(distances))), xscale="log", xlabel=r"$\|\Delta\theta\|_2$")
     moved = kl > SMALL

@@ -2,9 +2,9 @@
 
 pi_old, with weights theta_old, played the batch. V(s) is its expected return from state s on, the
 return being r_0 + gamma r_1 + gamma^2 r_2 + ... A(s, a), the advantage, is how much more than V(s)
-it is if action a comes first. What does another policy pi gain? Let pi choose the first action, and
-pi_old all others: that gains A(s_0, a_0), on average. Let pi choose the second one, too, in the s_1
-to which its first has led: that gains gamma A(s_1, a_1) more. And so on: over episodes of pi,
+it is if a comes first, and then pi_old plays on. What does another policy pi gain? Let pi choose
+the first action, and pi_old all others: that gains A(s_0, a_0), on average. Let pi choose the
+second, too, in the s_1 it has reached: gamma A(s_1, a_1) more. And so on: over episodes of pi,
 
     expected return of pi  =  expected return of pi_old  +  mean of sum_t gamma^t A(s_t, a_t)
 
@@ -75,7 +75,7 @@ class Settings:
 
 
 # --- 2. Network -----------------------------------------------------------------------------------
-# Shapes: T steps in a row, N environments side by side, B rows of a batch or minibatch, D numbers
+# Shapes: T steps in a row, N environments side by side, B rows of a batch, b of a part, D numbers
 # in a state, H hidden units, K outputs (of a policy: one per action), P parameters.
 class Network:
     def __init__(self, sizes, last_gain, rng):
@@ -137,7 +137,7 @@ def adam(network, gradient, learning_rate):
 # --- 3. Policy ------------------------------------------------------------------------------------
 def log_softmax(logits):
     """log pi [B, K] of a policy's outputs z, the logits: pi(a|s) = exp(z_a) / sum_j exp(z_j)."""
-    return logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)  # log sum_j exp(z_j)
+    return logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)  # no overflow
 
 
 def sample_actions(policy, states, rng):
@@ -146,7 +146,7 @@ def sample_actions(policy, states, rng):
     logits, _ = forward(policy, states)
     ends = np.exp(log_softmax(logits)).cumsum(axis=1)  # [N, K], where the parts end
     points = rng.random((len(states), 1))
-    return (points > ends[:, :-1]).sum(axis=1)  # the last end, 1, may be rounded: not counted
+    return (points > ends[:, :-1]).sum(axis=1)  # the last end, 1, may be rounded off
 
 
 def kl(log_probs_old, log_probs_new):
@@ -187,7 +187,7 @@ class Experience:
     nothing there: it ignores the action and returns the first state of a new episode. So there are
         row 7  state s7  action taken    leads to s8: terminated, or truncated by a time limit
         row 8  state s8  action ignored  leads to a new episode's first state: resetting
-    Row 8 is no experience: `collect` drops it, once `gae` has used value(s8) for row 7."""
+    Row 8 is no experience: `gae` takes value(s8) for row 7, but not its Â; `collect` drops it."""
 
     def __init__(self, settings, rng):
         env = make_env(settings, settings.num_envs)
@@ -216,9 +216,9 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     says how much better a step went than predicted; if value(s) = V(s), its mean is A. In the sum
         td_error_t + gamma td_error_{t+1}
             = r_t + gamma r_{t+1} + gamma^2 value(s_{t+2}) - value(s_t)
-    value(s_{t+1}) has canceled. Add gamma^2 td_error_{t+2} and all later ones: only rewards remain,
-    minus value(s_t). Few errors depend more on values, which can be wrong; many, on rewards, which
-    are noisy. As a compromise, a lambda from 0 to 1 lets the later ones fade:
+    value(s_{t+1}) has canceled. Add gamma^2 td_error_{t+2} ... to the end: rewards are left, minus
+    value(s_t), plus a last value if the episode goes on. Few errors rely on `value`, which can be
+    wrong, many on rewards, which are noisy. A lambda from 0 to 1 lets the later ones fade:
         Â_t = td_error_t + gamma lambda td_error_{t+1} + (gamma lambda)^2 td_error_{t+2} + ...
             = td_error_t + gamma lambda Â_{t+1},   up to the end of the episode or batch."""
     # Terminated: nothing more is earned. Truncated: `value` says what would have been earned.
@@ -248,7 +248,7 @@ def collect(experience, policy, value, settings, rng):
     batch.targets = (advantages + values[:-1])[real]  # Â + value(s) estimates the return
     advantages = advantages[real]
     # Usual, though no theory asks for it. Minus the mean: nearly one more baseline. Divided by the
-    # deviation: no batch outweighs others in Adam's means. (TRPO's step does not depend on this.)
+    # deviation: no batch outweighs others in Adam's means (TRPO's step stays the same).
     batch.advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     logits, _ = forward(policy, batch.states)  # again, as `play` keeps only the actions
     batch.log_probs_old = log_softmax(logits)  # [B, K], old: of the policy that played

@@ -2,9 +2,9 @@
 
 pi_old, with weights theta_old, played the batch. V(s) is its expected return from state s on, the
 return being r_0 + gamma r_1 + gamma^2 r_2 + ... A(s, a), the advantage, is how much more than V(s)
-it is if action a comes first. What does another policy pi gain? Let pi choose the first action, and
-pi_old all others: that gains A(s_0, a_0), on average. Let pi choose the second one, too, in the s_1
-to which its first has led: that gains gamma A(s_1, a_1) more. And so on: over episodes of pi,
+it is if a comes first, and then pi_old plays on. What does another policy pi gain? Let pi choose
+the first action, and pi_old all others: that gains A(s_0, a_0), on average. Let pi choose the
+second, too, in the s_1 it has reached: gamma A(s_1, a_1) more. And so on: over episodes of pi,
 
     expected return of pi  =  expected return of pi_old  +  mean of sum_t gamma^t A(s_t, a_t)
 
@@ -16,8 +16,8 @@ only while pi acts like pi_old. With an estimate Â of A (no gamma^t, or late st
     maximize    L(theta)  =  mean over the batch of  Â * pi(a|s; theta) / pi(a|s; theta_old)
     subject to  mean over its states of KL(pi_old || pi)  <=  delta
 
-L is the surrogate of the gain, pi / pi_old the ratio. The bound on sum_a pi_old log(pi_old / pi) =
-KL makes the trust region. (A bound on theta will not do: equal changes can alter pi a lot or not.)
+L is the surrogate of the gain, pi / pi_old the ratio, KL = sum_a pi_old log(pi_old / pi), and the
+set with KL <= delta the trust region. (Equal changes of theta can alter pi a lot or hardly at all.)
 
     repeat:  play a batch of steps with the policy                         (section 4)
              estimate Â; targets of `value`: Â + value(s); normalize Â     (section 5)
@@ -70,7 +70,7 @@ class Settings:
 
 
 # --- 2. Network -----------------------------------------------------------------------------------
-# Shapes: T steps in a row, N environments side by side, B rows of a batch or minibatch, D numbers
+# Shapes: T steps in a row, N environments side by side, B rows of a batch, b of a part, D numbers
 # in a state, H hidden units, K outputs (of a policy: one per action), P parameters.
 class Network:
     def __init__(self, sizes, last_gain, rng):
@@ -132,7 +132,7 @@ def adam(network, gradient, learning_rate):
 # --- 3. Policy ------------------------------------------------------------------------------------
 def log_softmax(logits):
     """log pi [B, K] of a policy's outputs z, the logits: pi(a|s) = exp(z_a) / sum_j exp(z_j)."""
-    return logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)  # log sum_j exp(z_j)
+    return logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)  # no overflow
 
 
 def sample_actions(policy, states, rng):
@@ -141,7 +141,7 @@ def sample_actions(policy, states, rng):
     logits, _ = forward(policy, states)
     ends = np.exp(log_softmax(logits)).cumsum(axis=1)  # [N, K], where the parts end
     points = rng.random((len(states), 1))
-    return (points > ends[:, :-1]).sum(axis=1)  # the last end, 1, may be rounded: not counted
+    return (points > ends[:, :-1]).sum(axis=1)  # the last end, 1, may be rounded off
 
 
 def kl(log_probs_old, log_probs_new):
@@ -182,7 +182,7 @@ class Experience:
     nothing there: it ignores the action and returns the first state of a new episode. So there are
         row 7  state s7  action taken    leads to s8: terminated, or truncated by a time limit
         row 8  state s8  action ignored  leads to a new episode's first state: resetting
-    Row 8 is no experience: `collect` drops it, once `gae` has used value(s8) for row 7."""
+    Row 8 is no experience: `gae` takes value(s8) for row 7, but not its Â; `collect` drops it."""
 
     def __init__(self, settings, rng):
         env = make_env(settings, settings.num_envs)
@@ -211,9 +211,9 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     says how much better a step went than predicted; if value(s) = V(s), its mean is A. In the sum
         td_error_t + gamma td_error_{t+1}
             = r_t + gamma r_{t+1} + gamma^2 value(s_{t+2}) - value(s_t)
-    value(s_{t+1}) has canceled. Add gamma^2 td_error_{t+2} and all later ones: only rewards remain,
-    minus value(s_t). Few errors depend more on values, which can be wrong; many, on rewards, which
-    are noisy. As a compromise, a lambda from 0 to 1 lets the later ones fade:
+    value(s_{t+1}) has canceled. Add gamma^2 td_error_{t+2} ... to the end: rewards are left, minus
+    value(s_t), plus a last value if the episode goes on. Few errors rely on `value`, which can be
+    wrong, many on rewards, which are noisy. A lambda from 0 to 1 lets the later ones fade:
         Â_t = td_error_t + gamma lambda td_error_{t+1} + (gamma lambda)^2 td_error_{t+2} + ...
             = td_error_t + gamma lambda Â_{t+1},   up to the end of the episode or batch."""
     # Terminated: nothing more is earned. Truncated: `value` says what would have been earned.
@@ -243,7 +243,7 @@ def collect(experience, policy, value, settings, rng):
     batch.targets = (advantages + values[:-1])[real]  # Â + value(s) estimates the return
     advantages = advantages[real]
     # Usual, though no theory asks for it. Minus the mean: nearly one more baseline. Divided by the
-    # deviation: no batch outweighs others in Adam's means. (TRPO's step does not depend on this.)
+    # deviation: no batch outweighs others in Adam's means (TRPO's step stays the same).
     batch.advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     logits, _ = forward(policy, batch.states)  # again, as `play` keeps only the actions
     batch.log_probs_old = log_softmax(logits)  # [B, K], old: of the policy that played
@@ -264,10 +264,10 @@ def fit_value(value, batch, settings, decay, rng):
 # --- 6. The update --------------------------------------------------------------------------------
 # 1. The gradient of a ratio is ratio * gradient of log pi; at theta_old every ratio is 1. So there
 #    the gradient g of L is REINFORCE's, with Â. For a small step, L grows by about g . step.
-# 2. The mean KL has its least value at theta_old, 0, so its gradient is 0. With its second
-#    derivatives, F [P, P], the KL grows by about step . F step / 2 (Taylor).
-# 3. Take these two for exact. At the best step with KL = delta, the gradients of L and of the KL, g
-#    and F step, are parallel (Lagrange): else, sliding along KL = delta would raise g . step.
+# 2. At theta_old the mean KL is 0, its least value, so its gradient is 0, too. With F [P, P], its
+#    second derivatives, the KL grows by about step . F step / 2 (Taylor).
+# 3. Take these two for exact; their gradients by the step are g and F step. At the best step with
+#    KL = delta these are parallel (Lagrange): else, sliding along KL = delta would raise g . step.
 # 4. So step = c x, where F x = g. Its KL, c^2 x . F x / 2, is delta for c^2 = 2 delta / (x . F x).
 # x, the natural gradient, is found from products F v alone. (With a million weights, F is too big.)
 def jacobian_vector_product(policy, activations, vector):
@@ -301,8 +301,8 @@ def conjugate_gradient(product, b, iterations):
     f(x) = b . x - x . M x / 2 has the gradient r, so it is largest where M x = b. Climb from x = 0:
     alpha   Along a direction d, f grows by alpha r . d - alpha^2 d . M d / 2. The top of this is at
             alpha = r . d / (d . M d). The residual there, r' = r - alpha M d, has r' . d = 0.
-    beta    To climb along r' next would spoil that, as a move along e takes M e from the residual.
-            So climb along e = r' + beta d, where d . M e = 0 if beta = -(r' . M d) / (d . M d).
+    beta    The next climb, along e, takes a multiple of M e from the residual. r' . d = 0 lasts if
+            d . M e = 0: not for e = r', but for e = r' + beta d, beta = -(r' . M d) / (d . M d).
     (r' . d stays 0 for earlier d: Nocedal & Wright 2006, theorem 5.3. P rounds suffice.)"""
     x = np.zeros_like(b)
     residual = b
@@ -323,7 +323,7 @@ def conjugate_gradient(product, b, iterations):
 def line_search(policy, full_step, batch, settings):
     """Move theta. full_step is approximate, so measure KL and L. Take the first of full_step *
     backtrack_factor^n, n = 0 to max_backtracks, with KL <= delta and a larger L (or, without
-    settings.line_search, the first). If none will, theta stays. Return L's growth, the last n."""
+    settings.line_search, the first); if none will do, keep theta. Return L's growth, last n."""
     theta_old = policy.theta
     for backtracks in range(settings.max_backtracks + 1):
         policy.theta = theta_old + settings.backtrack_factor**backtracks * full_step
@@ -342,7 +342,7 @@ def line_search(policy, full_step, batch, settings):
 def update_policy(policy, batch, settings, decay, rng):  # decay and rng are not needed here
     """The step c x, then the line search. If F v is almost 0 for a v, F x = g asks for a huge x
     along v, as if that were free, while the model holds only near theta_old. F + damping I in place
-    of F gives each direction a price. It turns x towards g, and the KL often stays below delta."""
+    of F charges for length, too. That turns x towards g, and leaves less than delta for the KL."""
     _, activations = forward(policy, batch.states)
     g = policy_gradient(policy, activations, batch.log_probs_old, batch.actions, batch.advantages)
     probs = np.exp(batch.log_probs_old)
