@@ -27,7 +27,8 @@ wrong, it changes the mean of g: a bias.
              estimate Â; targets of `value`: Â + value(s); normalize Â  (section 5)
              change theta once, by Adam, with g                         (sections 6, 3 and 2)
              fit `value` to its targets                                 (section 5)
-Only one change for each batch, as g is right only for the policy that played it.
+Only one change for each batch, as g is right only for the policy that played it. (Adam's step is
+not quite along g: it averages over batches and weighs each parameter, section 2.)
 Run:  python vpg.py    Options:  python vpg.py --help
 """
 
@@ -177,12 +178,12 @@ def make_env(settings, num_envs, **options):
 
 
 class Experience:
-    """Environments side by side, whose episodes go on from one batch to the next.
+    """Environments side by side, whose episodes go on from batch to batch. Each step is a row.
     If row 7 ends an episode, Gymnasium returns its last state, s8. The next call of step plays
     nothing there: it ignores the action and returns the first state of a new episode. So there are
         row 7  state s7  action taken    leads to s8: terminated, or truncated by a time limit
         row 8  state s8  action ignored  leads to a new episode's first state: resetting
-    Row 8 is no experience: `gae` takes value(s8) for row 7, but not its Â; `collect` drops it."""
+    Row 8 is no experience. `gae` uses value(s8) if row 7 was truncated; `collect` drops row 8."""
 
     def __init__(self, settings, rng):
         env = make_env(settings, settings.num_envs)
@@ -212,8 +213,8 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
         td_error_t + gamma td_error_{t+1}
             = r_t + gamma r_{t+1} + gamma^2 value(s_{t+2}) - value(s_t)
     value(s_{t+1}) has canceled. Add gamma^2 td_error_{t+2} ... to the end: rewards are left, minus
-    value(s_t), plus a last value if the episode goes on. Few errors rely on `value`, which can be
-    wrong, many on rewards, which are noisy. A lambda from 0 to 1 lets the later ones fade:
+    value(s_t), plus a last value if the episode goes on. A sum of few relies on `value`, which can
+    be wrong; of many, on rewards, which are noisy. Lambda, from 0 to 1, lets the later ones fade:
         Â_t = td_error_t + gamma lambda td_error_{t+1} + (gamma lambda)^2 td_error_{t+2} + ...
             = td_error_t + gamma lambda Â_{t+1},   up to the end of the episode or batch."""
     # Terminated: nothing more is earned. Truncated: `value` says what would have been earned.
@@ -222,7 +223,7 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     ended = terminated | truncated
     advantages = np.zeros_like(values)  # [T + 1, N]; the last row stays 0
     for t in reversed(range(len(rewards))):
-        following = np.where(ended[t], 0, advantages[t + 1])  # no sum across an episode's end
+        following = np.where(ended[t], 0, advantages[t + 1])  # not the Â of a resetting row
         advantages[t] = td_errors[t] + gamma * gae_lambda * following
     return advantages[:-1]
 
@@ -242,8 +243,8 @@ def collect(experience, policy, value, settings, rng):
     batch.values = values[:-1][real]  # before the fit, for `report`
     batch.targets = (advantages + values[:-1])[real]  # Â + value(s) estimates the return
     advantages = advantages[real]
-    # Usual, though no theory asks for it. Minus the mean: nearly one more baseline. Divided by the
-    # deviation: no batch outweighs others in Adam's means (TRPO's step stays the same).
+    # Usual, though no theory asks for it: minus the mean, nearly one more baseline (each step's own
+    # Â is in it, too); divided by the standard deviation, which gives all batches one scale.
     batch.advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     logits, _ = forward(policy, batch.states)  # again, as `play` keeps only the actions
     batch.log_probs_old = log_softmax(logits)  # [B, K], old: of the policy that played
@@ -290,7 +291,7 @@ def train(settings, policy):
     while steps < settings.steps:
         decay = 1 - steps / settings.steps  # factor of the learning rates, from 1 towards 0
         batch = collect(experience, policy, value, settings, rng)
-        theta_old = policy.theta.copy()
+        theta_old = policy.theta.copy()  # for `report`
         own_figures = update_policy(policy, batch, settings, decay, rng)
         fit_value(value, batch, settings, decay, rng)
         update += 1
