@@ -152,7 +152,7 @@ def train(labels, shared, sender):
 
 
 def end_with_main_process():
-    """A thread beside a run: if the main process ends, were it killed, the run ends, too."""
+    """A thread beside a run: when the main process ends, even if killed, so does the run."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
@@ -238,8 +238,8 @@ def group(rows, name):
 
 
 def column(rows, name):
-    """The numbers in a column. (The one row of a run that made no update has none.)"""
-    return np.array([float(row[name]) for row in rows if row["update"]])
+    """The numbers in a column. (The one row of a run that made no update has only a seed.)"""
+    return np.array([float(row[name]) for row in rows if row["update"] or name == "seed"])
 
 
 # --- 4. Table -------------------------------------------------------------------------------------

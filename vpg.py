@@ -52,7 +52,7 @@ class Settings:
     seed: int = option(0, "seed of all random numbers", 0)
     steps: int = option(150_000, "environment steps to train for (the last batch is completed)", 1)
     num_envs: int = option(16, "environments that run side by side", 1)
-    horizon: int = option(48, "steps of each environment in a batch", 2)
+    horizon: int = option(48, "steps of each environment in a batch, resets included", 2)
     gamma: float = option(0.99, "discount factor", 0, 1)
     gae_lambda: float = option(0.99, "lambda of `gae`: 0 relies on `value`, 1 on rewards", 0, 1)
     hidden: int = option(64, "units in the hidden layer", 1)
@@ -82,7 +82,7 @@ class Network:
         parts = [W1.ravel(), np.zeros(H), W2.ravel(), np.zeros(K)]  # the order of `unflatten`
         self.theta = np.concatenate(parts).astype(np.float32)  # [P]
         self.sizes = sizes
-        self.adam_m = np.zeros_like(self.theta)  # memory of `adam`, if it trains this
+        self.adam_m = np.zeros_like(self.theta)  # memory of `adam`, where it is used
         self.adam_v = np.zeros_like(self.theta)
         self.adam_steps = 0
 
@@ -133,7 +133,7 @@ def adam(network, gradient, learning_rate):
 # --- 3. Policy ------------------------------------------------------------------------------------
 def log_softmax(logits):
     """log pi [B, K] of a policy's outputs z, the logits: pi(a|s) = exp(z_a) / sum_j exp(z_j)."""
-    return logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)  # no overflow
+    return logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)  # safe for large z
 
 
 def sample_actions(policy, states, rng):
@@ -142,7 +142,7 @@ def sample_actions(policy, states, rng):
     logits, _ = forward(policy, states)
     ends = np.exp(log_softmax(logits)).cumsum(axis=1)  # [N, K], where the parts end
     points = rng.random((len(states), 1))
-    return (points > ends[:, :-1]).sum(axis=1)  # the last end, 1, may be rounded off
+    return (points > ends[:, :-1]).sum(axis=1)  # rounded, the last end may be below a point
 
 
 def kl(log_probs_old, log_probs_new):
@@ -265,7 +265,7 @@ def fit_value(value, batch, settings, decay, rng):
 # --- 6. The update --------------------------------------------------------------------------------
 def update_policy(policy, batch, settings, decay, rng):
     """Change theta once, by Adam. The policy is still the one that played, with log_probs_old.
-    (ppo.py uses rng, too, and returns figures of its own, as trpo.py does.)"""
+    It does without rng, which ppo.py needs, and has no figures of its own to return."""
     _, activations = forward(policy, batch.states)
     g = policy_gradient(policy, activations, batch.log_probs_old, batch.actions, batch.advantages)
     adam(policy, g, decay * settings.learning_rate)

@@ -261,7 +261,7 @@ ppo --env Nowhere-v0 > Nowhere # ppo --watch > --watch # --seed=7 > --seed=7 # -
 --out=x.gif > .png, .svg or .pdf # --out=nowhere/x.png > nowhere # --out=/proc/x.png > /proc
 none.csv > none.csv # other.csv > other.csv # cut.csv > cut.csv # word.csv > word.csv
 empty.csv > empty.csv # more.csv > more.csv # binary.csv > binary.csv # --out=folder.png > folder.csv
-nine > room for 8 # no_env.csv > no_env.csv"""
+nine > room for 8 # no_env.csv > no_env.csv # seed.csv > seed.csv"""
 CASES = [case.split(" > ") for line in BAD.splitlines() for case in line.split(" # ")]
 
 
@@ -272,6 +272,7 @@ def test_bad_input_is_one_line_before_training(bad, message, lab):
     files["word"] = files["empty"] + "toy,E,475,0,100,9,3.5,word,0.1,0.5,1,\n"
     files["more"] = files["word"].replace("word", "0.1").replace("1,\n", "1,,\n")
     files["cut"] = files["word"].replace("word", "0.1") + "toy,E,475,0,100,9,3.5,0.1,0.1,0.5,2"
+    files["seed"] = files["empty"] + "toy,E,475,zz,,,,,,,,its process was killed\n"
     files["no_env"] = files["word"].replace("env", "e").replace("word", "0.1")
     for name, content in files.items():
         Path(f"{name}.csv").write_text(content, encoding="utf-8")
