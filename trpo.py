@@ -266,8 +266,8 @@ def fit_value(value, batch, settings, decay, rng):
 #    the gradient g of L is REINFORCE's, with Â. For a small step, L grows by about g . step.
 # 2. At theta_old the mean KL is 0, its least value, so its gradient is 0, too. With F [P, P], its
 #    second derivatives, the KL grows by about step . F step / 2 (Taylor).
-# 3. Take these two for exact; their gradients by the step are g and F step. At the best step with
-#    KL = delta these are parallel (Lagrange): else, sliding along KL = delta would raise g . step.
+# 3. Take these two for exact. Their gradients are g and F step. The best step has KL = delta, and
+#    there the two are parallel (Lagrange): else, sliding along KL = delta would raise g . step.
 # 4. So step = c x, where F x = g. Its KL, c^2 x . F x / 2, is delta for c^2 = 2 delta / (x . F x).
 # x, the natural gradient, is found from products F v alone. (With a million weights, F is too big.)
 def jacobian_vector_product(policy, activations, vector):
@@ -301,9 +301,9 @@ def conjugate_gradient(product, b, iterations):
     f(x) = b . x - x . M x / 2 has the gradient r, so it is largest where M x = b. Climb from x = 0:
     alpha   Along a direction d, f grows by alpha r . d - alpha^2 d . M d / 2. The top of this is at
             alpha = r . d / (d . M d). The residual there, r' = r - alpha M d, has r' . d = 0.
-    beta    The next climb, along e, will change the residual by -alpha M e. r' . d stays 0 if
-            d . M e = 0. With e = r' + beta d, this is d . M r' + beta d . M d = 0: hence beta.
-    (r' . d stays 0 for earlier d: Nocedal & Wright 2006, theorem 5.3. P rounds are exact.)"""
+    beta    r' . d = 0: nothing more is to be gained along d. A climb along e = r' + beta d next will
+            leave it so if d . M e = d . M r' + beta d . M d = 0, as it takes some M e from r'.
+    (So for earlier d: Nocedal & Wright 2006, theorems 5.2 and 5.3. Unrounded, P rounds suffice.)"""
     x = np.zeros_like(b)
     residual = b
     direction = b
