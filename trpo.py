@@ -301,7 +301,7 @@ def conjugate_gradient(product, b, iterations):
     f(x) = b . x - x . M x / 2 has the gradient r, so it is largest where M x = b. Climb from x = 0:
     alpha   Along a direction d, f grows by alpha r . d - alpha^2 d . M d / 2. The top of this is at
             alpha = r . d / (d . M d). The residual there, r' = r - alpha M d, has r' . d = 0.
-    beta    r' . d = 0: nothing more is to be gained along d. A climb along e = r' + beta d next will
+    beta    r' . d = 0: no more is to be gained along d. A climb along e = r' + beta d next will
             leave it so if d . M e = d . M r' + beta d . M d = 0, as it takes some M e from r'.
     (So for earlier d: Nocedal & Wright 2006, theorems 5.2 and 5.3. Unrounded, P rounds suffice.)"""
     x = np.zeros_like(b)
