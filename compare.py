@@ -2,17 +2,16 @@
 # requires-python = ">=3.10"
 # dependencies = ["numpy>=1.26", "gymnasium>=1.0", "matplotlib>=3.8"]
 # ///
-"""Which variant of a script learns, how reliably, and how far does each update move its policy? One
-run proves little, since luck decides much. So each variant is trained with several seeds.
+"""Which variant learns, how reliably, and how far does each update move its policy? A variant is a
+script with options. As luck decides much, it is trained several times, each with another seed.
 
     python compare.py                                    vpg, trpo and ppo as they are
-    python compare.py ppo "ppo --clip inf" --seeds 10    two variants: scripts with options
+    python compare.py ppo "ppo --clip inf" --seeds 10    two variants, each with 10 seeds
     python compare.py compare.csv                        draw again what was trained
     python compare.py compare.csv "ppo --clip 0.1"       train one more, and add it to compare.csv
 
-A run trains one variant with one seed. Each of its updates gives a row of numbers:
-    variants (section 1)  ->  runs (2)  ->  rows, saved as CSV (3)  ->  table (4) and picture (5)
-What is given to compare.py itself (--steps, say) is in no name: combine runs only if it agrees.
+variants (section 1) -> runs, one per seed (2) -> CSV, a row per update (3) -> table, picture (4, 5)
+The --steps given to compare.py are not in the CSV: combine only files that were made with the same.
 """
 
 import os
@@ -21,7 +20,7 @@ import signal
 # Each run is a process that imports this file, as __mp_main__. Ctrl-C is for the main process only.
 if __name__ == "__mp_main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # for speed: one thread suits small arrays
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before NumPy: one thread suits small arrays
 import argparse
 import csv
 import multiprocessing.connection
@@ -38,21 +37,21 @@ from pathlib import Path
 
 import numpy as np
 
-# The numbers used below. episode_return: mean of the last 100 episodes. kl: how differently the
-# policy acts after the update, sum_a old log(old / new), mean over states; step_norm: theta's move.
+# episode_return: mean of the last 100 episodes. kl: how differently the policy then acts, a mean of
+# sum_a pi_old log(pi_old / pi_new) over states. step_norm: the length of theta_new - theta_old.
 NUMBERS = ["update", "steps", "episodes", "episode_return", "kl", "step_norm", "seconds"]
 NO_NUMBERS = dict.fromkeys(NUMBERS, "")  # for a run that fails before its first update
 
 
 # --- 1. Variants ----------------------------------------------------------------------------------
 def refuse(message):
-    """Something was typed wrong: say so in one line, and end with status 2."""
+    """This cannot be done: say why in one line, and end with status 2."""
     print("compare.py: error:", " ".join(message.split()), file=sys.stderr)
     sys.exit(2)
 
 
 def parse(argv=None):
-    """The options. What ends in .csv becomes `files`. No usage text: errors are to be one line."""
+    """The options. Variants that end in .csv are `files`. (No usage text: an error is one line.)"""
     parser = argparse.ArgumentParser("compare.py", usage=argparse.SUPPRESS, allow_abbrev=False)
     parser.add_argument("variants", nargs="*", default=["vpg", "trpo", "ppo"], help="or a .csv")
     parser.add_argument("--seeds", type=int, default=5, help="runs of each variant (default: 5)")
@@ -86,7 +85,7 @@ def check(options):
 
 
 def read_variant(text, options):
-    """Its labels, the same in all its rows; and its settings, as text, to tell equal variants."""
+    """Check a variant. Return what its rows share, and a first seed; and the settings as text."""
     script, *typed = text.split() or [""]  # "ppo --clip 0.1" -> "ppo" and ["--clip", "0.1"]
     script = script.removesuffix(".py")
     scripts = {path.stem for path in Path(__file__).parent.glob("*.py")} - {"compare", "test_smoke"}
@@ -97,21 +96,21 @@ def read_variant(text, options):
         with redirect_stderr(StringIO()) as printed:
             settings = module.parse([*options.shared, *typed])
     except SystemExit:  # the script has refused them
-        message = printed.getvalue().split("error: ")[-1]
-        name, limits, numbers = message.partition(" must be from ")
-        if limits:  # cg_iterations, say, was typed as --cg-iterations
-            message = "--" + name.replace("_", "-") + limits + numbers
+        message = printed.getvalue().split("error: ")[-1]  # argparse prints the usage before this
+        name = message.split(" ")[0]
+        if hasattr(module.Settings, name):  # cg_iterations, say, was typed as --cg-iterations
+            message = message.replace(name, "--" + name.replace("_", "-"), 1)
         refuse(f"{text!r}: {message}")
     if settings.watch:
         refuse(f"{text!r}: --watch is for a single run, of the script itself")
-    spec = module.make_env(settings, 1).spec
+    spec = module.make_env(settings, 1).spec  # its id, and the return that counts as solved
     labels = {"variant": " ".join([script, *typed]), "env": spec.id}
     labels["threshold"] = "" if spec.reward_threshold is None else str(spec.reward_threshold)
     return labels | {"seed": str(settings.seed)}, f"{script} {settings}"
 
 
 def read_variants(options, rows):
-    """The labels of each variant to train. Those that have the same settings are trained once."""
+    """The cells of each variant to train. Of those that have the same settings, only the first."""
     given = group(rows, "variant")  # from .csv files
     variants = {}
     for text in options.variants:
@@ -125,6 +124,7 @@ def read_variants(options, rows):
 
 
 # --- 2. Runs --------------------------------------------------------------------------------------
+# Each run is a process, so that several run at once, and one that is killed takes no other along.
 def train(labels, shared, sender):
     """A run, in its own process. Sends its rows, as text. If it fails, the last one says why."""
     threading.Thread(target=end_with_main_process, daemon=True).start()
@@ -145,8 +145,7 @@ def train(labels, shared, sender):
         lines = [frame.lineno for frame in frames if Path(frame.filename).stem == script]
         place = f", {script}.py, line {lines[-1]}" if lines else ""
         error = " ".join(f"{type(problem).__name__}: {problem}{place}".split())
-    if not rows:  # the run is to be counted all the same
-        rows.append(labels | NO_NUMBERS)
+    rows = rows or [labels | NO_NUMBERS]  # the run is to be counted all the same
     rows[-1]["error"] = error
     sender.send(rows)
 
@@ -158,8 +157,7 @@ def end_with_main_process():
 
 
 def train_all(variants, options):
-    """Generator: the rows of each run, as soon as it ends. At most options.jobs run at a time, each
-    in a process of its own, so that one that is killed, for want of memory, say, kills no other."""
+    """Generator: the rows of each run, as soon as it ends. At most options.jobs run at a time."""
     spawn = multiprocessing.get_context("spawn")
     waiting = list(product(range(options.seeds), variants))
     running = {}  # receiving end of a pipe -> labels of the run that will send its rows through it
@@ -169,18 +167,18 @@ def train_all(variants, options):
             labels = variant | {"seed": str(int(variant["seed"]) + number)}
             receiver, sender = spawn.Pipe(duplex=False)
             spawn.Process(target=train, args=(labels, options.shared, sender), daemon=True).start()
-            sender.close()  # our copy: with the run's closed, too, recv raises EOFError
+            sender.close()  # ours; if the run's is closed, too, recv does not wait any longer
             running[receiver] = labels
         for receiver in multiprocessing.connection.wait(running):
             labels = running.pop(receiver)
             try:
                 yield receiver.recv()
             except (EOFError, OSError):
-                yield [labels | NO_NUMBERS | {"error": "its process was killed"}]
+                yield [labels | NO_NUMBERS | {"error": "its process was killed"}]  # rows are lost
 
 
 def train_and_save(rows, variants, options):
-    """The old rows and the new ones. When the line of a run is printed, the CSV holds its rows."""
+    """Train. After each run, save all rows, and only then print its line. Returns all rows."""
     names = [*group(rows, "variant"), *[labels["variant"] for labels in variants]]
     total = options.seeds * len(variants)
     solved = 0
@@ -251,20 +249,21 @@ def solved_after(run):
 
 
 def has_collapsed(run):
-    """Whether a run lost half of its gain again, its best return so far minus the first over 100
-    episodes. A gain below a fifth of the way from this to the threshold is taken for noise."""
+    """Whether a run ever lost half of its gain, which is the best return so far minus the first one
+    of 100 episodes. (A gain is noise if it is less than a fifth of the way to the threshold.)"""
+    threshold = float(run[0]["threshold"] or "inf")
     returns = column(run, "episode_return")[column(run, "episodes") >= 100]
     for best, now in zip(np.maximum.accumulate(returns), returns):
         gain = best - returns[0]
-        enough = gain > 0 and gain >= abs(float(run[0]["threshold"] or "inf") - returns[0]) / 5
-        if enough and best - now >= gain / 2:
+        is_noise = gain <= 0 or gain < abs(threshold - returns[0]) / 5
+        if not is_noise and best - now >= gain / 2:
             return True
     return False
 
 
-def as_text(statistic, values, digits):
+def as_text(statistic, values, layout):
     """A statistic of the values, or a dash if there are none."""
-    return format(statistic(values), digits) if len(values) else "-"
+    return format(statistic(values), layout) if len(values) else "-"
 
 
 def summarize(rows):
@@ -274,9 +273,10 @@ def summarize(rows):
     solved = [run[solved_after(run) - 1] for run in runs if solved_after(run)]
     never = [np.inf] * (len(runs) - len(solved))  # after infinitely many steps
     ends = [run[-1] for run in runs]
-    returns = np.sort([number for number in column(ends, "episode_return") if np.isfinite(number)])
+    returns = column(ends, "episode_return")
+    returns = np.sort(returns[np.isfinite(returns)])  # nan: not an episode has ended
     quarter = len(returns) // 4
-    middle = returns[quarter : len(returns) - quarter]
+    middle = returns[quarter : len(returns) - quarter]  # without the luckiest and the unluckiest
     summary = {
         "solved": f"{len(solved)}/{len(runs)}",
         "median step": as_text(np.median, [*column(solved, "steps"), *never], ",.0f"),
@@ -332,7 +332,7 @@ def draw(rows):
 
 def draw_curve(axis, rows, name, style):
     """The median of each window and, as a band, its middle half. A window is a 40th of the updates,
-    those of all seeds together: a single update, or a single seed, says little."""
+    those of all seeds together. So a band shows both how seeds differ and how updates do."""
     numbers = column(rows, name)
     steps = column(rows, "steps") / 1000
     updates = column(rows, "update")
@@ -348,10 +348,10 @@ def draw_curve(axis, rows, name, style):
 
 
 def label_axes(panels, rows):
-    """Titles, axes, units, and lines to read the curves against."""
+    """Titles, axes and units of the curves, and lines to read them against."""
     steps = {"xlabel": "thousand environment steps", "xlim": (0, None)}
     panels["return"].set(title="Mean return of the last 100 episodes (grey line: solved)", **steps)
-    panels["kl"].set(title="KL of an update: median and middle half, all seeds", **steps)
+    panels["kl"].set(title="KL of an update: median, middle half of all seeds' updates", **steps)
     panels["return"].legend(loc="lower center", bbox_to_anchor=(0.5, 1.1), ncols=2, handlelength=4)
     for threshold in filter(None, group(rows, "threshold")):
         panels["return"].axhline(float(threshold), color="0.3", linewidth=1)
@@ -361,13 +361,13 @@ def label_axes(panels, rows):
 
 
 def mark_slice(axis, distances, kl):
-    """Mark updates (of all variants) that move theta equally far, and the range of their KL."""
+    """Mark updates, of all runs, that were equally long (± 10 %), and the range of their KL."""
     axis.set_title("Are equal steps in weights equal in behavior?")
     axis.set(xlim=(1e-4, max(10, max(distances))), xscale="log", xlabel=r"$\|\Delta\theta\|_2$")
-    moved = kl > SMALL
-    if moved.any():  # else there is nothing to mark
-        middle = np.percentile(distances[moved], 50, method="nearest")
-        inside = kl[moved & (0.9 * middle < distances) & (distances < 1.1 * middle)]
+    visible = kl > SMALL
+    if visible.any():  # else there is nothing to mark
+        middle = np.percentile(distances[visible], 50, method="nearest")  # of an update that exists
+        inside = kl[visible & (0.9 * middle < distances) & (distances < 1.1 * middle)]
         axis.axvspan(0.9 * middle, 1.1 * middle, color="0.85", zorder=0)
         axis.vlines(middle, min(inside), max(inside), color="black", linewidth=2)
         text = f"steps of {middle:.2g} ± 10 %:\nKL {min(inside):.1g} to {max(inside):.1g}"
