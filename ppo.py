@@ -1,13 +1,13 @@
 """Proximal policy optimization (PPO-Clip): several steps with each batch, not far from its policy.
 
 pi_old, a network with weights theta_old, has played a batch of steps. V(s) is the expected return
-r_0 + gamma r_1 + gamma^2 r_2 + ... from state s on, if pi_old plays; Q(s, a) too, if action a comes
-first. Â is an estimate of A = Q - V, the advantage. If another policy pi chooses a single action,
-in s, the expected return grows by sum_a pi(a|s) A(s, a). With ratio = pi(a|s) / pi_old(a|s), this
-is sum_a pi_old(a|s) * ratio * A(s, a). As pi_old drew the batch's actions, the mean of ratio * Â
-estimates it, for the states that pi_old has met. But pi will meet others: the more, the more
-differently it acts. So PPO rewards no ratio for
-going far from 1. It maximizes
+r_0 + gamma r_1 + gamma^2 r_2 + ... from state s on, if pi_old plays; Q(s, a) the same, if a comes
+first. A = Q - V is the advantage, and Â an estimate of it. If another policy pi chooses the action
+in s, and then pi_old goes on, the expected return is sum_a pi(a|s) Q(s, a): it changes by
+sum_a pi(a|s) A(s, a) = sum_a pi_old(a|s) * ratio * A(s, a), with the ratio pi(a|s) / pi_old(a|s).
+As pi_old drew the batch's actions, the batch's mean of ratio * Â estimates this change, in the
+states of pi_old. If pi goes on, they add up, but in pi's states. So pi must stay near: PPO takes
+away what a ratio would gain by going far from 1. It maximizes
 
     L(theta)  =  mean over the batch of  min( ratio * Â,  clipped ratio * Â ),
 
@@ -20,9 +20,9 @@ clipped term is -1.2, a constant. The min is -1.5, and its gradient lowers the r
 not confine a ratio: one step of Adam can leap over the edge, and other steps move it on.)
 
     repeat:  play a batch of steps with the policy                          (section 4)
-             estimate Â, and normalize it                                   (section 5)
+             estimate Â; targets: Â + value(s); normalize Â                 (section 5)
              several times, for each minibatch: raise L by a step of Adam   (section 6)
-             fit the network `value` to Â + value(s), an estimate of V(s)   (section 5)
+             fit `value`, a network that estimates V, to the targets        (section 5)
 Run:  python ppo.py    Options:  python ppo.py --help    Schulman et al. 2017, arXiv:1707.06347
 """
 
@@ -49,7 +49,7 @@ class Settings:
     num_envs: int = option(16, "environments that run side by side", 1)
     horizon: int = option(48, "steps of each environment in a batch, resets included", 2)
     gamma: float = option(0.99, "discount factor", 0, 1)
-    gae_lambda: float = option(0.99, "see `gae`. 0: one reward, then `value`; 1: all rewards", 0, 1)
+    gae_lambda: float = option(0.99, "see `gae`. 0: rely on `value`; 1: on the rewards", 0, 1)
     hidden: int = option(64, "units in the hidden layer", 1)
     value_learning_rate: float = option(2e-2, "learning rate of `value`; falls to 0", 0, 1000)
     value_epochs: int = option(4, "passes over each batch to fit `value`")
@@ -76,7 +76,7 @@ class Network:
         """A tanh layer, then a linear one: the policy, whose outputs are the logits; or `value`."""
         D, H, K = sizes
         self.sizes = sizes
-        # A sum of D random numbers of size 1 is of size sqrt(D). Divided by it, it suits tanh.
+        # Random numbers of size 1 have a sum of size sqrt(D), where tanh is flat. So divide by it.
         W1 = rng.standard_normal((D, H)) / np.sqrt(D)
         W2 = rng.standard_normal((H, K)) / np.sqrt(H) * last_gain
         # All parameters are one vector, so that an update is a sum of vectors: theta + step.
@@ -104,10 +104,10 @@ def forward(network, inputs):
 
 
 def backward(network, activations, grad_outputs):
-    """The chain rule: for any number y, from dy / d outputs [B, K] to dy / d theta [P]."""
+    """The chain rule: dy / d theta [P] from grad_outputs = dy / d outputs [B, K] of a number y."""
     _, _, W2, _ = unflatten(network.theta, network.sizes)
     inputs, hidden = activations
-    # As outputs[i, k] = sum_h hidden[i, h] * W2[h, k] + b2[k], for the row i of the batch:
+    # Differentiate outputs[i, k] = sum_h hidden[i, h] * W2[h, k] + b2[k]:
     grad_b2 = grad_outputs.sum(axis=0)  # [K], entries sum_i grad_outputs[i, k]
     grad_W2 = hidden.T @ grad_outputs  # [H, K], sum_i hidden[i, h] * grad_outputs[i, k]
     grad_hidden = grad_outputs @ W2.T  # [B, H], sum_k grad_outputs[i, k] * W2[h, k]
@@ -143,7 +143,7 @@ def sample_actions(policy, states, rng):
     logits, _ = forward(policy, states)
     ends = np.exp(log_softmax(logits)).cumsum(axis=1)  # [N, K]
     points = rng.random((len(states), 1))
-    # Rounded, the last end may be below 1, and give an action too many. So it is left out.
+    # Without the last end: rounded below 1, it could give action K, which does not exist.
     return (points > ends[:, :-1]).sum(axis=1)
 
 
@@ -182,14 +182,14 @@ def make_env(settings, num_envs, **options):
 
 class Experience:
     def __init__(self, settings, rng):
-        """Environments side by side, whose episodes go on from batch to batch. Step t makes row t.
-        If step 7 ends an episode, its last state is s8. Gymnasium resets one step late: step 8
-        ignores its action, and leads to the first state of a new episode. So we get
+        """Environments side by side, whose episodes go on from batch to batch. Each step is a row.
+        If step 7 ends an episode, it leads to the last state, s8. Gymnasium resets one step late:
+        step 8 ignores its action, and leads to the first state of a new episode. So we get
             row 7:  s7, action taken,    terminated (by the task) or truncated (by a time limit)
             row 8:  s8, action ignored,  resetting
-        `gae` needs value(s8), if truncated. `collect` leaves out row 8: it is no play."""
+        `gae` uses value(s8), if truncated. Then `collect` drops row 8: its action did nothing."""
         env = make_env(settings, settings.num_envs)
-        self.env = gym.wrappers.vector.RecordEpisodeStatistics(env)  # counts, for `report`
+        self.env = gym.wrappers.vector.RecordEpisodeStatistics(env)  # see `report`
         self.states, _ = self.env.reset(seed=int(rng.integers(2**31)))  # [N, D]
         self.resetting = np.zeros(settings.num_envs, bool)  # [N], True where the next step resets
 
@@ -209,13 +209,14 @@ class Experience:
 # --- 5. Values and advantages ---------------------------------------------------------------------
 def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     """Generalized advantage estimation (Schulman et al. 2016): Â [T, N]. values[t] is v(s_t), from
-    `value`, for t = 0 ... T; s_T is where the last step led. The temporal-difference error
-        td_error_t = r_t + gamma v(s_{t+1}) - v(s_t)
-    is A(s_t, a_t), on average, if v = V. Then the next error is 0, on average; in their sum
+    `value`, for t = 0 ... T; s_T is where the last step led. The temporal-difference error is
+        td_error_t = r_t + gamma v(s_{t+1}) - v(s_t).
+    Given s_t and a_t, its mean is A(s_t, a_t), if v = V. The next error's mean is 0, like that of
+    A over the policy's actions. So it may be added. If v is wrong, this helps, as a reward takes
+    the place of v(s_{t+1}):
         td_error_t + gamma td_error_{t+1} = r_t + gamma r_{t+1} + gamma^2 v(s_{t+2}) - v(s_t)
-    a reward replaces v(s_{t+1}). The longer a sum, the less it relies on v, which may be wrong, and
-    the more on rewards, which are noisy. Mix the sums of n = 1, 2, 3, ... errors, with the weights
-    (1 - lambda) lambda^(n-1). The error k steps ahead is in all with n > k: it has lambda^k in all.
+    But rewards are noisy. So GAE averages the sums of n = 1, 2, 3, ... errors, with the weights
+    (1 - lambda) lambda^(n-1). The error k steps ahead is in those with n > k: in all, lambda^k.
         Â_t = td_error_t + gamma lambda td_error_{t+1} + (gamma lambda)^2 td_error_{t+2} + ...
             = td_error_t + gamma lambda Â_{t+1},   up to the end of the episode or batch."""
     # Terminated: nothing more is earned. Truncated: `value` says what would have been earned.
@@ -224,7 +225,7 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     ended = terminated | truncated
     advantages = np.zeros_like(values)  # [T + 1, N]; the last row stays 0: no more errors
     for t in reversed(range(len(rewards))):
-        following = np.where(ended[t], 0, advantages[t + 1])  # if ended: row t + 1 is a reset
+        following = np.where(ended[t], 0, advantages[t + 1])  # row t + 1 is a reset, then
         advantages[t] = td_errors[t] + gamma * gae_lambda * following
     return advantages[:-1]
 
@@ -233,8 +234,7 @@ def collect(experience, policy, value, settings, rng):
     """Play, and return the batch: arrays with one row for each real step, [B] or [B, ...]."""
     columns = experience.play(policy, settings.horizon, rng)
     states, actions, rewards, terminated, truncated, resetting = columns
-    last_states = experience.states[None]  # [1, N, D], where the last step led
-    all_states = np.concatenate([states, last_states], dtype=np.float32)  # [T + 1, N, D]
+    all_states = np.concatenate([states, [experience.states]], dtype=np.float32)  # [T + 1, N, D]
     outputs, _ = forward(value, all_states)  # [T + 1, N, 1]
     values = outputs[..., 0]
     advantages = gae(rewards, values, terminated, truncated, settings.gamma, settings.gae_lambda)
@@ -245,8 +245,8 @@ def collect(experience, policy, value, settings, rng):
     batch.actions = actions[real]
     batch.values = values[:-1][real]  # only for `report`
     batch.targets = targets[real]
-    # Normalize Â: usual, but not derived. The shift is much like one more baseline. The scaling
-    # makes the steps of `adam` alike in all batches. (From the step of trpo.py, it cancels.)
+    # Normalize Â, to mean 0 and standard deviation 1 in each batch: usual, but not derived. The
+    # mean, which is subtracted, is nearly one more baseline.
     advantages = advantages[real]
     batch.advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     logits, _ = forward(policy, batch.states)
@@ -301,7 +301,7 @@ def update_policy(policy, batch, settings, decay, rng):
         kls.append(kl(batch.log_probs_old, log_softmax(logits)))
         if kls[-1] > settings.target_kl:
             break
-    fraction = float(np.concatenate(outside).mean())  # of ratios outside, on either side
+    fraction = float(np.concatenate(outside).mean())  # outside on either side, with gradient or not
     return {"kl_first_epoch": kls[0], "clip_fraction": fraction, "epochs": len(kls)}
 
 
@@ -323,7 +323,7 @@ def train(settings, policy):
     steps = 0
     update = 0
     while steps < settings.steps:
-        decay = 1 - steps / settings.steps  # factor of the learning rates, from 1 towards 0
+        decay = 1 - steps / settings.steps  # factor of learning rates, from 1 towards 0
         batch = collect(experience, policy, value, settings, rng)
         theta_old = policy.theta.copy()  # for `report`
         own_figures = update_policy(policy, batch, settings, decay, rng)
@@ -407,7 +407,7 @@ def main():
 
 if __name__ == "__main__":
     try:
-        with np.errstate(all="ignore"):  # no warnings: `train` checks that all is finite
+        with np.errstate(all="ignore"):  # `train` stops if parameters or KL are not finite
             main()
     except FloatingPointError as error:
         raise SystemExit(str(error))  # a line and exit status 1

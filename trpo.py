@@ -1,12 +1,12 @@
 """Trust region policy optimization (TRPO): improve the policy, but change its probabilities little.
 
 pi_old, a network with weights theta_old, has played a batch of steps. V(s) is the expected return
-r_0 + gamma r_1 + gamma^2 r_2 + ... from state s on, if pi_old plays; Q(s, a) too, if action a comes
-first. Â is an estimate of A = Q - V, the advantage. If another policy pi chooses a single action,
-in s, the expected return grows by sum_a pi(a|s) A(s, a). With ratio = pi(a|s) / pi_old(a|s), this
-is sum_a pi_old(a|s) * ratio * A(s, a). As pi_old drew the batch's actions, the mean of ratio * Â
-estimates it, for the states that pi_old has met. But pi will meet others: the more, the more
-differently it acts. So TRPO will
+r_0 + gamma r_1 + gamma^2 r_2 + ... from state s on, if pi_old plays; Q(s, a) the same, if a comes
+first. A = Q - V is the advantage, and Â an estimate of it. If another policy pi chooses the action
+in s, and then pi_old goes on, the expected return is sum_a pi(a|s) Q(s, a): it changes by
+sum_a pi(a|s) A(s, a) = sum_a pi_old(a|s) * ratio * A(s, a), with the ratio pi(a|s) / pi_old(a|s).
+As pi_old drew the batch's actions, the batch's mean of ratio * Â estimates this change, in the
+states of pi_old. If pi goes on, they add up, but in pi's states. So pi must stay near: TRPO will
 
     maximize    L(theta)  =  mean over the batch of  ratio * Â
     subject to  mean over its states of  KL = sum_a pi_old log(pi_old / pi)  <=  delta.
@@ -14,9 +14,9 @@ differently it acts. So TRPO will
 (KL tells how differently they act. In theory, the largest one counts, not the mean.)
 
     repeat:  play a batch of steps with the policy                          (section 4)
-             estimate Â, and normalize it                                   (section 5)
+             estimate Â; targets: Â + value(s); normalize Â                 (section 5)
              change theta: in the best direction, as far as delta allows    (section 6)
-             fit the network `value` to Â + value(s), an estimate of V(s)   (section 5)
+             fit `value`, a network that estimates V, to the targets        (section 5)
 Run:  python trpo.py    Options:  python trpo.py --help    Schulman et al. 2015, arXiv:1502.05477
 """
 
@@ -43,7 +43,7 @@ class Settings:
     num_envs: int = option(16, "environments that run side by side", 1)
     horizon: int = option(48, "steps of each environment in a batch, resets included", 2)
     gamma: float = option(0.99, "discount factor", 0, 1)
-    gae_lambda: float = option(0.99, "see `gae`. 0: one reward, then `value`; 1: all rewards", 0, 1)
+    gae_lambda: float = option(0.99, "see `gae`. 0: rely on `value`; 1: on the rewards", 0, 1)
     hidden: int = option(64, "units in the hidden layer", 1)
     value_learning_rate: float = option(2e-2, "learning rate of `value`; falls to 0", 0, 1000)
     value_epochs: int = option(4, "passes over each batch to fit `value`")
@@ -72,7 +72,7 @@ class Network:
         """A tanh layer, then a linear one: the policy, whose outputs are the logits; or `value`."""
         D, H, K = sizes
         self.sizes = sizes
-        # A sum of D random numbers of size 1 is of size sqrt(D). Divided by it, it suits tanh.
+        # Random numbers of size 1 have a sum of size sqrt(D), where tanh is flat. So divide by it.
         W1 = rng.standard_normal((D, H)) / np.sqrt(D)
         W2 = rng.standard_normal((H, K)) / np.sqrt(H) * last_gain
         # All parameters are one vector, so that an update is a sum of vectors: theta + step.
@@ -100,10 +100,10 @@ def forward(network, inputs):
 
 
 def backward(network, activations, grad_outputs):
-    """The chain rule: for any number y, from dy / d outputs [B, K] to dy / d theta [P]."""
+    """The chain rule: dy / d theta [P] from grad_outputs = dy / d outputs [B, K] of a number y."""
     _, _, W2, _ = unflatten(network.theta, network.sizes)
     inputs, hidden = activations
-    # As outputs[i, k] = sum_h hidden[i, h] * W2[h, k] + b2[k], for the row i of the batch:
+    # Differentiate outputs[i, k] = sum_h hidden[i, h] * W2[h, k] + b2[k]:
     grad_b2 = grad_outputs.sum(axis=0)  # [K], entries sum_i grad_outputs[i, k]
     grad_W2 = hidden.T @ grad_outputs  # [H, K], sum_i hidden[i, h] * grad_outputs[i, k]
     grad_hidden = grad_outputs @ W2.T  # [B, H], sum_k grad_outputs[i, k] * W2[h, k]
@@ -139,7 +139,7 @@ def sample_actions(policy, states, rng):
     logits, _ = forward(policy, states)
     ends = np.exp(log_softmax(logits)).cumsum(axis=1)  # [N, K]
     points = rng.random((len(states), 1))
-    # Rounded, the last end may be below 1, and give an action too many. So it is left out.
+    # Without the last end: rounded below 1, it could give action K, which does not exist.
     return (points > ends[:, :-1]).sum(axis=1)
 
 
@@ -178,14 +178,14 @@ def make_env(settings, num_envs, **options):
 
 class Experience:
     def __init__(self, settings, rng):
-        """Environments side by side, whose episodes go on from batch to batch. Step t makes row t.
-        If step 7 ends an episode, its last state is s8. Gymnasium resets one step late: step 8
-        ignores its action, and leads to the first state of a new episode. So we get
+        """Environments side by side, whose episodes go on from batch to batch. Each step is a row.
+        If step 7 ends an episode, it leads to the last state, s8. Gymnasium resets one step late:
+        step 8 ignores its action, and leads to the first state of a new episode. So we get
             row 7:  s7, action taken,    terminated (by the task) or truncated (by a time limit)
             row 8:  s8, action ignored,  resetting
-        `gae` needs value(s8), if truncated. `collect` leaves out row 8: it is no play."""
+        `gae` uses value(s8), if truncated. Then `collect` drops row 8: its action did nothing."""
         env = make_env(settings, settings.num_envs)
-        self.env = gym.wrappers.vector.RecordEpisodeStatistics(env)  # counts, for `report`
+        self.env = gym.wrappers.vector.RecordEpisodeStatistics(env)  # see `report`
         self.states, _ = self.env.reset(seed=int(rng.integers(2**31)))  # [N, D]
         self.resetting = np.zeros(settings.num_envs, bool)  # [N], True where the next step resets
 
@@ -205,13 +205,14 @@ class Experience:
 # --- 5. Values and advantages ---------------------------------------------------------------------
 def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     """Generalized advantage estimation (Schulman et al. 2016): Â [T, N]. values[t] is v(s_t), from
-    `value`, for t = 0 ... T; s_T is where the last step led. The temporal-difference error
-        td_error_t = r_t + gamma v(s_{t+1}) - v(s_t)
-    is A(s_t, a_t), on average, if v = V. Then the next error is 0, on average; in their sum
+    `value`, for t = 0 ... T; s_T is where the last step led. The temporal-difference error is
+        td_error_t = r_t + gamma v(s_{t+1}) - v(s_t).
+    Given s_t and a_t, its mean is A(s_t, a_t), if v = V. The next error's mean is 0, like that of
+    A over the policy's actions. So it may be added. If v is wrong, this helps, as a reward takes
+    the place of v(s_{t+1}):
         td_error_t + gamma td_error_{t+1} = r_t + gamma r_{t+1} + gamma^2 v(s_{t+2}) - v(s_t)
-    a reward replaces v(s_{t+1}). The longer a sum, the less it relies on v, which may be wrong, and
-    the more on rewards, which are noisy. Mix the sums of n = 1, 2, 3, ... errors, with the weights
-    (1 - lambda) lambda^(n-1). The error k steps ahead is in all with n > k: it has lambda^k in all.
+    But rewards are noisy. So GAE averages the sums of n = 1, 2, 3, ... errors, with the weights
+    (1 - lambda) lambda^(n-1). The error k steps ahead is in those with n > k: in all, lambda^k.
         Â_t = td_error_t + gamma lambda td_error_{t+1} + (gamma lambda)^2 td_error_{t+2} + ...
             = td_error_t + gamma lambda Â_{t+1},   up to the end of the episode or batch."""
     # Terminated: nothing more is earned. Truncated: `value` says what would have been earned.
@@ -220,7 +221,7 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     ended = terminated | truncated
     advantages = np.zeros_like(values)  # [T + 1, N]; the last row stays 0: no more errors
     for t in reversed(range(len(rewards))):
-        following = np.where(ended[t], 0, advantages[t + 1])  # if ended: row t + 1 is a reset
+        following = np.where(ended[t], 0, advantages[t + 1])  # row t + 1 is a reset, then
         advantages[t] = td_errors[t] + gamma * gae_lambda * following
     return advantages[:-1]
 
@@ -229,8 +230,7 @@ def collect(experience, policy, value, settings, rng):
     """Play, and return the batch: arrays with one row for each real step, [B] or [B, ...]."""
     columns = experience.play(policy, settings.horizon, rng)
     states, actions, rewards, terminated, truncated, resetting = columns
-    last_states = experience.states[None]  # [1, N, D], where the last step led
-    all_states = np.concatenate([states, last_states], dtype=np.float32)  # [T + 1, N, D]
+    all_states = np.concatenate([states, [experience.states]], dtype=np.float32)  # [T + 1, N, D]
     outputs, _ = forward(value, all_states)  # [T + 1, N, 1]
     values = outputs[..., 0]
     advantages = gae(rewards, values, terminated, truncated, settings.gamma, settings.gae_lambda)
@@ -241,8 +241,8 @@ def collect(experience, policy, value, settings, rng):
     batch.actions = actions[real]
     batch.values = values[:-1][real]  # only for `report`
     batch.targets = targets[real]
-    # Normalize Â: usual, but not derived. The shift is much like one more baseline. The scaling
-    # makes the steps of `adam` alike in all batches. (From the step of trpo.py, it cancels.)
+    # Normalize Â, to mean 0 and standard deviation 1 in each batch: usual, but not derived. The
+    # mean, which is subtracted, is nearly one more baseline.
     advantages = advantages[real]
     batch.advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     logits, _ = forward(policy, batch.states)
@@ -263,12 +263,12 @@ def fit_value(value, batch, settings, decay, rng):
 
 # --- 6. The update --------------------------------------------------------------------------------
 # With step = theta - theta_old, the first terms of the Taylor series at theta_old are
-#     L - L(theta_old)  =  g . step              g [P]: gradient of L
-#     KL                =  step . F step / 2     F [P, P]: second derivatives, the Fisher matrix
+#     L - L(theta_old)  ≈  g . step              g [P]: gradient of L
+#     KL                ≈  step . F step / 2     F [P, P]: second derivatives, the Fisher matrix
 # (The KL has no linear term: at theta_old it is 0, its least value, so its gradient is 0.)
-# To maximize g . step where KL = delta, Lagrange sets the gradient of g . step - KL / c to 0, with
-# some number c: g - F step / c = 0. So step = c x, where F x = g. (x is the natural gradient.) As
-# its KL, c^2 x . F x / 2, is to be delta, c = sqrt(2 delta / (x . F x)).
+# As g . step is linear, it is largest on the border, KL = delta. There, no move along the border
+# raises it: g is parallel to the KL's gradient, F step. So step = c x, where F x = g and c > 0. (x
+# is the natural gradient.) c^2 x . F x / 2 = delta gives c = sqrt(2 delta / (x . F x)).
 def jacobian_vector_product(policy, activations, vector):
     """J v [B, K]: how the logits z move if theta moves along v [P], that is, W1 along d_W1, and so
     on. (In each state, J is the matrix dz/dtheta [K, P].)"""
@@ -284,13 +284,13 @@ def fisher_vector_product(policy, activations, probs, vector):
     """F v [P]. In a state with logits z [K], probabilities p [K] and J = dz/dtheta [K, P],
         KL = const - sum_k p_old_k log p_k,  where  log p_k = z_k - log sum_j exp(z_j)
         dKL/dz = p - p_old,  and by the chain rule  dKL/dtheta = J^T (p - p_old)
-        d/dtheta of this = (dJ^T/dtheta) (p - p_old) + J^T dp/dtheta,  by the product rule
-    At theta_old, the first term is 0. In the second, dp/dtheta = (dp/dz) J, and dp_k/dz_j is
-    p_k (1 if j = k, else 0) - p_k p_j. So F = J^T (diag(p) - p p^T) J, mean over the states."""
+    Differentiate this again. Where J^T changes, the factor p - p_old is 0, at theta_old. Where p
+    changes, we get J^T dp/dtheta = J^T (dp/dz) J. dp_k/dz_j = p_k (1 if j = k, else 0) - p_k p_j.
+    So F = J^T (diag(p) - p p^T) J, mean over the states."""
     d_logits = jacobian_vector_product(policy, activations, vector)  # J v
     mean = (probs * d_logits).sum(axis=1, keepdims=True)  # p^T J v
     d_probs = probs * (d_logits - mean)  # (diag(p) - p p^T) J v
-    return backward(policy, activations, d_probs / len(probs))  # times J^T: see its chain rule
+    return backward(policy, activations, d_probs / len(probs))  # the chain rule: J^T times it
 
 
 def conjugate_gradient(product, b, iterations):
@@ -309,8 +309,8 @@ def conjugate_gradient(product, b, iterations):
         alpha = (residual @ direction) / curvature
         x = x + alpha * direction
         residual = residual - alpha * M_direction
-        # Now the residual leads uphill. But a move along it would lose this top, that is, change
-        # residual . direction, unless beta * direction is added: next . M_direction is to be 0.
+        # The next direction n is to keep residual . direction at 0. It does if n . M_direction = 0.
+        # So take n = residual + beta * direction, with the beta that makes it so.
         beta = -(residual @ M_direction) / curvature
         direction = residual + beta * direction
     return x
@@ -337,8 +337,8 @@ def line_search(policy, full_step, batch, settings):
 
 def update_policy(policy, batch, settings, decay, rng):  # decay and rng are not needed here
     """The step c x, then the line search. In directions in which the KL hardly changes, x is huge,
-    far beyond where the Taylor series holds. So damping * |step|^2 / 2 is added to the KL, that is,
-    damping * identity to F. c makes the sum equal to delta, so the KL itself will be less."""
+    far beyond where the Taylor series holds. So damping * |step|^2 / 2 is added to its KL, that is,
+    damping * identity to F. c makes the sum equal to delta, so less is left to the KL itself."""
     _, activations = forward(policy, batch.states)
     # The gradient of a ratio is ratio * gradient of log pi, and at theta_old every ratio is 1.
     g = policy_gradient(policy, activations, batch.log_probs_old, batch.actions, batch.advantages)
@@ -351,7 +351,7 @@ def update_policy(policy, batch, settings, decay, rng):  # decay and rng are not
     curvature = x @ damped_product(x)
     if curvature <= 0:  # no gradient, no change
         return {"surrogate_gain": 0.0, "backtracks": 0}
-    full_step = np.sqrt(2 * settings.delta / curvature) * x
+    full_step = np.sqrt(2 * settings.delta / curvature) * x  # the scale of Â cancels
     return line_search(policy, full_step, batch, settings)
 
 
@@ -373,7 +373,7 @@ def train(settings, policy):
     steps = 0
     update = 0
     while steps < settings.steps:
-        decay = 1 - steps / settings.steps  # factor of the learning rates, from 1 towards 0
+        decay = 1 - steps / settings.steps  # factor of learning rates, from 1 towards 0
         batch = collect(experience, policy, value, settings, rng)
         theta_old = policy.theta.copy()  # for `report`
         own_figures = update_policy(policy, batch, settings, decay, rng)
@@ -457,7 +457,7 @@ def main():
 
 if __name__ == "__main__":
     try:
-        with np.errstate(all="ignore"):  # no warnings: `train` checks that all is finite
+        with np.errstate(all="ignore"):  # `train` stops if parameters or KL are not finite
             main()
     except FloatingPointError as error:
         raise SystemExit(str(error))  # a line and exit status 1

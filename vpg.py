@@ -4,23 +4,23 @@ A policy pi(a|s; theta) is a neural network with weights theta. For a state s, i
 a probability. From a state on, the return is r_0 + gamma r_1 + gamma^2 r_2 + ..., a sum of rewards.
 V(s) is its expectation from s on, if pi plays. We want the theta with the largest expected return.
 
-REINFORCE with a baseline (Sutton & Barto 2018, section 13.4) plays with pi. Then it moves theta by
+REINFORCE with a baseline (Sutton & Barto 2018, section 13.4) moves theta by a mean, over steps, of
 
-    g  =  mean over the steps of  (return from s on - V(s)) * gradient of log pi(a|s; theta),
+    gamma^t * (return from s on - V(s)) * gradient of log pi(a|s; theta),
 
-which estimates the expected return's gradient, up to a factor. Subtracting V(s) makes g less noisy,
-but keeps its expectation: sum_a pi * gradient of log pi = gradient of sum_a pi = gradient of 1 = 0.
-(The book multiplies step t of an episode by gamma^t. Usually, this is left out, or late steps would
-hardly count: g is then not quite that gradient.) Return - V(s) estimates the advantage A(s, a): how
-much more than V(s) is earned, on average, if a comes first. VPG puts another estimate, Â, into g.
-For this, a second network, `value`, learns V. It is not only the baseline, but also replaces the
-rewards that are far ahead. So Â is less noisy, but biased where `value` is wrong.
+which estimates the gradient of the expected return, up to a factor. Subtracting V(s) makes it less
+noisy, but keeps its expectation: sum_a pi * V * gradient of log pi = V * sum_a gradient of pi = 0,
+as sum_a pi = 1. VPG leaves gamma^t out, as is usual: late steps would hardly count. (So it does not
+quite follow that gradient.) And for return - V(s), which estimates the advantage A(s, a), how much
+more than V(s) is earned if a comes first, it takes another estimate, Â. For this, a second network,
+`value`, learns V. It is not only the baseline, but also takes the place of rewards far ahead. So Â
+is less noisy, but biased where `value` is wrong.
 
     repeat:  play a batch of steps with the policy                    (section 4)
-             estimate Â, and normalize it                             (section 5)
-             change theta by Adam, with g                             (section 6)
-             fit `value` to Â + value(s), an estimate of the return   (section 5)
-Theta changes only once per batch, as g is a gradient at the theta that has played it.
+             estimate Â; targets: Â + value(s); normalize Â           (section 5)
+             g = mean of Â * gradient of log pi; change theta by Adam (section 6)
+             fit `value` to its targets, estimates of the return      (section 5)
+Theta changes only once: then the batch is out of date, as it was played with the old theta.
 Run:  python vpg.py    Options:  python vpg.py --help
 """
 
@@ -47,7 +47,7 @@ class Settings:
     num_envs: int = option(16, "environments that run side by side", 1)
     horizon: int = option(48, "steps of each environment in a batch, resets included", 2)
     gamma: float = option(0.99, "discount factor", 0, 1)
-    gae_lambda: float = option(0.99, "see `gae`. 0: one reward, then `value`; 1: all rewards", 0, 1)
+    gae_lambda: float = option(0.99, "see `gae`. 0: rely on `value`; 1: on the rewards", 0, 1)
     hidden: int = option(64, "units in the hidden layer", 1)
     value_learning_rate: float = option(2e-2, "learning rate of `value`; falls to 0", 0, 1000)
     value_epochs: int = option(4, "passes over each batch to fit `value`")
@@ -71,7 +71,7 @@ class Network:
         """A tanh layer, then a linear one: the policy, whose outputs are the logits; or `value`."""
         D, H, K = sizes
         self.sizes = sizes
-        # A sum of D random numbers of size 1 is of size sqrt(D). Divided by it, it suits tanh.
+        # Random numbers of size 1 have a sum of size sqrt(D), where tanh is flat. So divide by it.
         W1 = rng.standard_normal((D, H)) / np.sqrt(D)
         W2 = rng.standard_normal((H, K)) / np.sqrt(H) * last_gain
         # All parameters are one vector, so that an update is a sum of vectors: theta + step.
@@ -99,10 +99,10 @@ def forward(network, inputs):
 
 
 def backward(network, activations, grad_outputs):
-    """The chain rule: for any number y, from dy / d outputs [B, K] to dy / d theta [P]."""
+    """The chain rule: dy / d theta [P] from grad_outputs = dy / d outputs [B, K] of a number y."""
     _, _, W2, _ = unflatten(network.theta, network.sizes)
     inputs, hidden = activations
-    # As outputs[i, k] = sum_h hidden[i, h] * W2[h, k] + b2[k], for the row i of the batch:
+    # Differentiate outputs[i, k] = sum_h hidden[i, h] * W2[h, k] + b2[k]:
     grad_b2 = grad_outputs.sum(axis=0)  # [K], entries sum_i grad_outputs[i, k]
     grad_W2 = hidden.T @ grad_outputs  # [H, K], sum_i hidden[i, h] * grad_outputs[i, k]
     grad_hidden = grad_outputs @ W2.T  # [B, H], sum_k grad_outputs[i, k] * W2[h, k]
@@ -138,7 +138,7 @@ def sample_actions(policy, states, rng):
     logits, _ = forward(policy, states)
     ends = np.exp(log_softmax(logits)).cumsum(axis=1)  # [N, K]
     points = rng.random((len(states), 1))
-    # Rounded, the last end may be below 1, and give an action too many. So it is left out.
+    # Without the last end: rounded below 1, it could give action K, which does not exist.
     return (points > ends[:, :-1]).sum(axis=1)
 
 
@@ -177,14 +177,14 @@ def make_env(settings, num_envs, **options):
 
 class Experience:
     def __init__(self, settings, rng):
-        """Environments side by side, whose episodes go on from batch to batch. Step t makes row t.
-        If step 7 ends an episode, its last state is s8. Gymnasium resets one step late: step 8
-        ignores its action, and leads to the first state of a new episode. So we get
+        """Environments side by side, whose episodes go on from batch to batch. Each step is a row.
+        If step 7 ends an episode, it leads to the last state, s8. Gymnasium resets one step late:
+        step 8 ignores its action, and leads to the first state of a new episode. So we get
             row 7:  s7, action taken,    terminated (by the task) or truncated (by a time limit)
             row 8:  s8, action ignored,  resetting
-        `gae` needs value(s8), if truncated. `collect` leaves out row 8: it is no play."""
+        `gae` uses value(s8), if truncated. Then `collect` drops row 8: its action did nothing."""
         env = make_env(settings, settings.num_envs)
-        self.env = gym.wrappers.vector.RecordEpisodeStatistics(env)  # counts, for `report`
+        self.env = gym.wrappers.vector.RecordEpisodeStatistics(env)  # see `report`
         self.states, _ = self.env.reset(seed=int(rng.integers(2**31)))  # [N, D]
         self.resetting = np.zeros(settings.num_envs, bool)  # [N], True where the next step resets
 
@@ -204,13 +204,14 @@ class Experience:
 # --- 5. Values and advantages ---------------------------------------------------------------------
 def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     """Generalized advantage estimation (Schulman et al. 2016): Â [T, N]. values[t] is v(s_t), from
-    `value`, for t = 0 ... T; s_T is where the last step led. The temporal-difference error
-        td_error_t = r_t + gamma v(s_{t+1}) - v(s_t)
-    is A(s_t, a_t), on average, if v = V. Then the next error is 0, on average; in their sum
+    `value`, for t = 0 ... T; s_T is where the last step led. The temporal-difference error is
+        td_error_t = r_t + gamma v(s_{t+1}) - v(s_t).
+    Given s_t and a_t, its mean is A(s_t, a_t), if v = V. The next error's mean is 0, like that of
+    A over the policy's actions. So it may be added. If v is wrong, this helps, as a reward takes
+    the place of v(s_{t+1}):
         td_error_t + gamma td_error_{t+1} = r_t + gamma r_{t+1} + gamma^2 v(s_{t+2}) - v(s_t)
-    a reward replaces v(s_{t+1}). The longer a sum, the less it relies on v, which may be wrong, and
-    the more on rewards, which are noisy. Mix the sums of n = 1, 2, 3, ... errors, with the weights
-    (1 - lambda) lambda^(n-1). The error k steps ahead is in all with n > k: it has lambda^k in all.
+    But rewards are noisy. So GAE averages the sums of n = 1, 2, 3, ... errors, with the weights
+    (1 - lambda) lambda^(n-1). The error k steps ahead is in those with n > k: in all, lambda^k.
         Â_t = td_error_t + gamma lambda td_error_{t+1} + (gamma lambda)^2 td_error_{t+2} + ...
             = td_error_t + gamma lambda Â_{t+1},   up to the end of the episode or batch."""
     # Terminated: nothing more is earned. Truncated: `value` says what would have been earned.
@@ -219,7 +220,7 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     ended = terminated | truncated
     advantages = np.zeros_like(values)  # [T + 1, N]; the last row stays 0: no more errors
     for t in reversed(range(len(rewards))):
-        following = np.where(ended[t], 0, advantages[t + 1])  # if ended: row t + 1 is a reset
+        following = np.where(ended[t], 0, advantages[t + 1])  # row t + 1 is a reset, then
         advantages[t] = td_errors[t] + gamma * gae_lambda * following
     return advantages[:-1]
 
@@ -228,8 +229,7 @@ def collect(experience, policy, value, settings, rng):
     """Play, and return the batch: arrays with one row for each real step, [B] or [B, ...]."""
     columns = experience.play(policy, settings.horizon, rng)
     states, actions, rewards, terminated, truncated, resetting = columns
-    last_states = experience.states[None]  # [1, N, D], where the last step led
-    all_states = np.concatenate([states, last_states], dtype=np.float32)  # [T + 1, N, D]
+    all_states = np.concatenate([states, [experience.states]], dtype=np.float32)  # [T + 1, N, D]
     outputs, _ = forward(value, all_states)  # [T + 1, N, 1]
     values = outputs[..., 0]
     advantages = gae(rewards, values, terminated, truncated, settings.gamma, settings.gae_lambda)
@@ -240,8 +240,8 @@ def collect(experience, policy, value, settings, rng):
     batch.actions = actions[real]
     batch.values = values[:-1][real]  # only for `report`
     batch.targets = targets[real]
-    # Normalize Â: usual, but not derived. The shift is much like one more baseline. The scaling
-    # makes the steps of `adam` alike in all batches. (From the step of trpo.py, it cancels.)
+    # Normalize Â, to mean 0 and standard deviation 1 in each batch: usual, but not derived. The
+    # mean, which is subtracted, is nearly one more baseline.
     advantages = advantages[real]
     batch.advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     logits, _ = forward(policy, batch.states)
@@ -288,7 +288,7 @@ def train(settings, policy):
     steps = 0
     update = 0
     while steps < settings.steps:
-        decay = 1 - steps / settings.steps  # factor of the learning rates, from 1 towards 0
+        decay = 1 - steps / settings.steps  # factor of learning rates, from 1 towards 0
         batch = collect(experience, policy, value, settings, rng)
         theta_old = policy.theta.copy()  # for `report`
         own_figures = update_policy(policy, batch, settings, decay, rng)
@@ -372,7 +372,7 @@ def main():
 
 if __name__ == "__main__":
     try:
-        with np.errstate(all="ignore"):  # no warnings: `train` checks that all is finite
+        with np.errstate(all="ignore"):  # `train` stops if parameters or KL are not finite
             main()
     except FloatingPointError as error:
         raise SystemExit(str(error))  # a line and exit status 1
