@@ -10,8 +10,9 @@ script with options. As luck decides much, it is trained several times, each wit
     python compare.py compare.csv                        draw again what was trained
     python compare.py compare.csv "ppo --clip 0.1"       train one more, and add it to compare.csv
 
-variants (section 1) -> runs, one per seed (2) -> CSV, a row per update (3) -> table, picture (4, 5)
-The --steps given to compare.py are not in the CSV: combine only files that were made with the same.
+variants (section 1) -> runs, one per seed (2) -> CSV (3) -> table (4), picture (5)
+The CSV has a row per update: labels (variant, env, threshold, seed), numbers, and an error, if one
+ended the run. It does not have --steps: combine only files that were made with the same --steps.
 """
 
 import os
@@ -85,13 +86,13 @@ def check(options):
 
 
 def read_variant(text, options):
-    """Check a variant. Return what its rows share, and a first seed; and the settings as text."""
+    """Check a variant. Return its labels, with the first seed, and its settings as one text."""
     script, *typed = text.split() or [""]  # "ppo --clip 0.1" -> "ppo" and ["--clip", "0.1"]
     script = script.removesuffix(".py")
     scripts = {path.stem for path in Path(__file__).parent.glob("*.py")} - {"compare", "test_smoke"}
     if script not in scripts:
         refuse(f"no script {script!r} beside compare.py; there are: {', '.join(sorted(scripts))}")
-    module = import_module(script)  # has parse, make_env, initial_policy, train
+    module = import_module(script)  # as vpg.py: Settings, parse, make_env, ...
     try:
         with redirect_stderr(StringIO()) as printed:
             settings = module.parse([*options.shared, *typed])
@@ -110,7 +111,7 @@ def read_variant(text, options):
 
 
 def read_variants(options, rows):
-    """The cells of each variant to train. Of those that have the same settings, only the first."""
+    """The labels of each variant to train. Of those that have the same settings, only the first."""
     given = group(rows, "variant")  # from .csv files
     variants = {}
     for text in options.variants:
@@ -151,7 +152,7 @@ def train(labels, shared, sender):
 
 
 def end_with_main_process():
-    """A thread beside a run: when the main process ends, even if killed, so does the run."""
+    """A thread beside a run: if the main process ends, even if it is killed, the run ends, too."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
@@ -167,7 +168,7 @@ def train_all(variants, options):
             labels = variant | {"seed": str(int(variant["seed"]) + number)}
             receiver, sender = spawn.Pipe(duplex=False)
             spawn.Process(target=train, args=(labels, options.shared, sender), daemon=True).start()
-            sender.close()  # ours; if the run's is closed, too, recv does not wait any longer
+            sender.close()  # only the run may send: if it dies, recv raises EOFError, and ends
             running[receiver] = labels
         for receiver in multiprocessing.connection.wait(running):
             labels = running.pop(receiver)
@@ -236,7 +237,7 @@ def group(rows, name):
 
 
 def column(rows, name):
-    """The numbers in a column. (The one row of a run that made no update has only a seed.)"""
+    """The numbers in a column. (A run without an update has a row with no number but its seed.)"""
     return np.array([float(row[name]) for row in rows if row["update"] or name == "seed"])
 
 
@@ -249,16 +250,14 @@ def solved_after(run):
 
 
 def has_collapsed(run):
-    """Whether a run ever lost half of its gain, which is the best return so far minus the first one
-    of 100 episodes. (A gain is noise if it is less than a fifth of the way to the threshold.)"""
+    """Whether a run ever lost half of its gain: its best return so far, minus the first one. A gain
+    of less than a fifth of the way from the first one to the threshold is noise."""
     threshold = float(run[0]["threshold"] or "inf")
     returns = column(run, "episode_return")[column(run, "episodes") >= 100]
-    for best, now in zip(np.maximum.accumulate(returns), returns):
-        gain = best - returns[0]
-        is_noise = gain <= 0 or gain < abs(threshold - returns[0]) / 5
-        if not is_noise and best - now >= gain / 2:
-            return True
-    return False
+    first = returns[:1]  # an array, as there may be none
+    best = np.maximum.accumulate(returns)  # so far
+    is_noise = (best <= first) | (best - first < abs(threshold - first) / 5)
+    return bool((~is_noise & (best - returns >= (best - first) / 2)).any())
 
 
 def as_text(statistic, values, layout):
@@ -271,7 +270,7 @@ def summarize(rows):
     runs = list(group(rows, "seed").values())
     learning = [run[: solved_after(run)] for run in runs]  # all of a run if that is None
     solved = [run[solved_after(run) - 1] for run in runs if solved_after(run)]
-    never = [np.inf] * (len(runs) - len(solved))  # after infinitely many steps
+    never = [np.inf] * (len(runs) - len(solved))  # unsolved counts as solved infinitely late
     ends = [run[-1] for run in runs]
     returns = column(ends, "episode_return")
     returns = np.sort(returns[np.isfinite(returns)])  # nan: not an episode has ended
@@ -279,7 +278,7 @@ def summarize(rows):
     middle = returns[quarter : len(returns) - quarter]  # without the luckiest and the unluckiest
     summary = {
         "solved": f"{len(solved)}/{len(runs)}",
-        "median step": as_text(np.median, [*column(solved, "steps"), *never], ",.0f"),
+        "after steps": as_text(np.median, [*column(solved, "steps"), *never], ",.0f"),
         "final": as_text(np.mean, middle, ".4g"),  # interquartile mean of the last returns
         "(range)": f"{as_text(min, returns, '.4g')} to {as_text(max, returns, '.4g')}",
         "learning KL": as_text(np.median, column(chain(*learning), "kl"), ".2g"),  # until solved
@@ -288,7 +287,7 @@ def summarize(rows):
         "s/update": as_text(np.median, column(ends, "seconds") / column(ends, "update"), ".3f"),
     }
     if not rows[0]["threshold"]:
-        summary |= {"solved": "-", "median step": "-", "collapsed": "-"}
+        summary |= {"solved": "-", "after steps": "-", "collapsed": "-"}
     return summary
 
 
@@ -351,7 +350,7 @@ def label_axes(panels, rows):
     """Titles, axes and units of the curves, and lines to read them against."""
     steps = {"xlabel": "thousand environment steps", "xlim": (0, None)}
     panels["return"].set(title="Mean return of the last 100 episodes (grey line: solved)", **steps)
-    panels["kl"].set(title="KL of an update: median, middle half of all seeds' updates", **steps)
+    panels["kl"].set(title="KL of an update: median, middle half (all seeds)", **steps)
     panels["return"].legend(loc="lower center", bbox_to_anchor=(0.5, 1.1), ncols=2, handlelength=4)
     for threshold in filter(None, group(rows, "threshold")):
         panels["return"].axhline(float(threshold), color="0.3", linewidth=1)

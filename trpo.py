@@ -6,7 +6,8 @@ first. A = Q - V is the advantage, and Â an estimate of it. If another policy p
 in s, and then pi_old goes on, the expected return is sum_a pi(a|s) Q(s, a): it changes by
 sum_a pi(a|s) A(s, a) = sum_a pi_old(a|s) * ratio * A(s, a), with the ratio pi(a|s) / pi_old(a|s).
 As pi_old drew the batch's actions, the batch's mean of ratio * Â estimates this change, in the
-states of pi_old. If pi goes on, they add up, but in pi's states. So pi must stay near: TRPO will
+states of pi_old. If pi chooses all later actions, too, gamma times such a change is added in the
+next state, and so on: in states of pi. They are like pi_old's only while pi acts like it. TRPO will
 
     maximize    L(theta)  =  mean over the batch of  ratio * Â
     subject to  mean over its states of  KL = sum_a pi_old log(pi_old / pi)  <=  delta.
@@ -72,7 +73,7 @@ class Network:
         """A tanh layer, then a linear one: the policy, whose outputs are the logits; or `value`."""
         D, H, K = sizes
         self.sizes = sizes
-        # Random numbers of size 1 have a sum of size sqrt(D), where tanh is flat. So divide by it.
+        # A sum of D random numbers of size 1 has about the size sqrt(D). Dividing keeps it at 1.
         W1 = rng.standard_normal((D, H)) / np.sqrt(D)
         W2 = rng.standard_normal((H, K)) / np.sqrt(H) * last_gain
         # All parameters are one vector, so that an update is a sum of vectors: theta + step.
@@ -139,7 +140,7 @@ def sample_actions(policy, states, rng):
     logits, _ = forward(policy, states)
     ends = np.exp(log_softmax(logits)).cumsum(axis=1)  # [N, K]
     points = rng.random((len(states), 1))
-    # Without the last end: rounded below 1, it could give action K, which does not exist.
+    # The last end is left out: rounded below 1, it could give action K, which does not exist.
     return (points > ends[:, :-1]).sum(axis=1)
 
 
@@ -151,7 +152,7 @@ def kl(log_probs_old, log_probs_new):
 
 def policy_gradient(policy, activations, log_probs, actions, coefficients):
     """The gradient by theta [P] of  mean over the batch of coefficient * log pi(a|s).  Coefficients
-    [B] are numbers, not differentiated; with returns, this is REINFORCE. By the logits z,
+    [B] are numbers, not differentiated; in REINFORCE they are returns. By the logits z,
         log pi(a|s) = z_a - log sum_j exp(z_j)    has the derivatives
         d log pi(a|s) / dz_k = (1 if k = a, else 0) - pi(k|s)."""
     grad_log_prob = -np.exp(log_probs)  # [B, K]
@@ -204,24 +205,24 @@ class Experience:
 
 # --- 5. Values and advantages ---------------------------------------------------------------------
 def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
-    """Generalized advantage estimation (Schulman et al. 2016): Â [T, N]. values[t] is v(s_t), from
-    `value`, for t = 0 ... T; s_T is where the last step led. The temporal-difference error is
-        td_error_t = r_t + gamma v(s_{t+1}) - v(s_t).
-    Given s_t and a_t, its mean is A(s_t, a_t), if v = V. The next error's mean is 0, like that of
-    A over the policy's actions. So it may be added. If v is wrong, this helps, as a reward takes
-    the place of v(s_{t+1}):
-        td_error_t + gamma td_error_{t+1} = r_t + gamma r_{t+1} + gamma^2 v(s_{t+2}) - v(s_t)
+    """Generalized advantage estimation (Schulman et al. 2016): Â [T, N]. values[t]: value(s_t), for
+    t = 0 ... T, s_T being where the last step led. The temporal-difference (TD) error
+        error_t = r_t + gamma value(s_{t+1}) - value(s_t)
+    has the mean A(s_t, a_t), for given s_t and a_t, if `value` is V. If it is not, value(s_{t+1})
+    misleads. Add the next error (whose mean is 0, if `value` is V): a reward takes its place, in
+        error_t + gamma error_{t+1} = r_t + gamma r_{t+1} + gamma^2 value(s_{t+2}) - value(s_t).
     But rewards are noisy. So GAE averages the sums of n = 1, 2, 3, ... errors, with the weights
-    (1 - lambda) lambda^(n-1). The error k steps ahead is in those with n > k: in all, lambda^k.
-        Â_t = td_error_t + gamma lambda td_error_{t+1} + (gamma lambda)^2 td_error_{t+2} + ...
-            = td_error_t + gamma lambda Â_{t+1},   up to the end of the episode or batch."""
+    (1 - lambda) lambda^(n-1), which add up to 1. The error k steps ahead is in all sums with n > k:
+    its weight is sum_{n > k} (1 - lambda) lambda^(n-1) = lambda^k. So
+        Â_t = error_t + gamma lambda error_{t+1} + (gamma lambda)^2 error_{t+2} + ...
+            = error_t + gamma lambda Â_{t+1},   up to the end of the episode or batch."""
     # Terminated: nothing more is earned. Truncated: `value` says what would have been earned.
     next_values = np.where(terminated, 0, values[1:])  # [T, N]
     td_errors = rewards + gamma * next_values - values[:-1]
     ended = terminated | truncated
     advantages = np.zeros_like(values)  # [T + 1, N]; the last row stays 0: no more errors
     for t in reversed(range(len(rewards))):
-        following = np.where(ended[t], 0, advantages[t + 1])  # row t + 1 is a reset, then
+        following = np.where(ended[t], 0, advantages[t + 1])  # ended: row t + 1 is a reset
         advantages[t] = td_errors[t] + gamma * gae_lambda * following
     return advantages[:-1]
 
@@ -241,8 +242,8 @@ def collect(experience, policy, value, settings, rng):
     batch.actions = actions[real]
     batch.values = values[:-1][real]  # only for `report`
     batch.targets = targets[real]
-    # Normalize Â, to mean 0 and standard deviation 1 in each batch: usual, but not derived. The
-    # mean, which is subtracted, is nearly one more baseline.
+    # Normalize Â: usual, but not derived. Shifting it to mean 0 is nearly one more baseline. Making
+    # its standard deviation 1 makes all batches alike. (In trpo.py, that changes no step.)
     advantages = advantages[real]
     batch.advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     logits, _ = forward(policy, batch.states)
@@ -270,8 +271,7 @@ def fit_value(value, batch, settings, decay, rng):
 # raises it: g is parallel to the KL's gradient, F step. So step = c x, where F x = g and c > 0. (x
 # is the natural gradient.) c^2 x . F x / 2 = delta gives c = sqrt(2 delta / (x . F x)).
 def jacobian_vector_product(policy, activations, vector):
-    """J v [B, K]: how the logits z move if theta moves along v [P], that is, W1 along d_W1, and so
-    on. (In each state, J is the matrix dz/dtheta [K, P].)"""
+    """J v [B, K]: how the logits z move as theta goes along v. A state has J = dz/dtheta [K, P]."""
     _, _, W2, _ = unflatten(policy.theta, policy.sizes)
     d_W1, d_b1, d_W2, d_b2 = unflatten(vector, policy.sizes)
     inputs, hidden = activations
@@ -284,9 +284,9 @@ def fisher_vector_product(policy, activations, probs, vector):
     """F v [P]. In a state with logits z [K], probabilities p [K] and J = dz/dtheta [K, P],
         KL = const - sum_k p_old_k log p_k,  where  log p_k = z_k - log sum_j exp(z_j)
         dKL/dz = p - p_old,  and by the chain rule  dKL/dtheta = J^T (p - p_old)
-    Differentiate this again. Where J^T changes, the factor p - p_old is 0, at theta_old. Where p
-    changes, we get J^T dp/dtheta = J^T (dp/dz) J. dp_k/dz_j = p_k (1 if j = k, else 0) - p_k p_j.
-    So F = J^T (diag(p) - p p^T) J, mean over the states."""
+    By the product rule, its derivative is (dJ^T/dtheta) (p - p_old) + J^T dp/dtheta. At theta_old,
+    p = p_old: the first term is 0. With dp_k/dz_j = p_k (1 if j = k, else 0) - p_k p_j, the second
+    is F = J^T (dp/dz) J = J^T (diag(p) - p p^T) J. (Then the mean over the states.)"""
     d_logits = jacobian_vector_product(policy, activations, vector)  # J v
     mean = (probs * d_logits).sum(axis=1, keepdims=True)  # p^T J v
     d_probs = probs * (d_logits - mean)  # (diag(p) - p p^T) J v
@@ -309,8 +309,8 @@ def conjugate_gradient(product, b, iterations):
         alpha = (residual @ direction) / curvature
         x = x + alpha * direction
         residual = residual - alpha * M_direction
-        # The next direction n is to keep residual . direction at 0. It does if n . M_direction = 0.
-        # So take n = residual + beta * direction, with the beta that makes it so.
+        # The next direction, n = residual + beta * direction, keeps residual . direction at 0 if
+        # n . M_direction = 0. (Earlier ones stay 0, too: unrounded, P rounds would be exact.)
         beta = -(residual @ M_direction) / curvature
         direction = residual + beta * direction
     return x
@@ -351,7 +351,7 @@ def update_policy(policy, batch, settings, decay, rng):  # decay and rng are not
     curvature = x @ damped_product(x)
     if curvature <= 0:  # no gradient, no change
         return {"surrogate_gain": 0.0, "backtracks": 0}
-    full_step = np.sqrt(2 * settings.delta / curvature) * x  # the scale of Â cancels
+    full_step = np.sqrt(2 * settings.delta / curvature) * x  # the same at any scale of Â
     return line_search(policy, full_step, batch, settings)
 
 
