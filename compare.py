@@ -2,8 +2,9 @@
 # requires-python = ">=3.10"
 # dependencies = ["numpy>=1.26", "gymnasium>=1.0", "matplotlib>=3.8"]
 # ///
-"""Which variant learns, how reliably, and how far does each update move its policy? A variant is a
-script with options. As luck decides much, it is trained several times, each with another seed.
+"""Which variant of a script learns, how reliably, and how far does an update move its actions? (A
+small change of weights can move them far, and then the next data are bad.) Luck decides much, so
+each variant, a script with options, is trained several times, with different seeds.
 
     python compare.py                                    vpg, trpo and ppo as they are
     python compare.py ppo "ppo --clip inf" --seeds 10    two variants, each with 10 seeds
@@ -92,7 +93,7 @@ def read_variant(text, options):
     scripts = {path.stem for path in Path(__file__).parent.glob("*.py")} - {"compare", "test_smoke"}
     if script not in scripts:
         refuse(f"no script {script!r} beside compare.py; there are: {', '.join(sorted(scripts))}")
-    module = import_module(script)  # as vpg.py: Settings, parse, make_env, ...
+    module = import_module(script)  # has Settings, parse, make_env, initial_policy, train
     try:
         with redirect_stderr(StringIO()) as printed:
             settings = module.parse([*options.shared, *typed])
@@ -243,21 +244,21 @@ def column(rows, name):
 
 # --- 4. Table -------------------------------------------------------------------------------------
 def solved_after(run):
-    """After how many updates the mean return of 100 episodes is at the threshold. None if never."""
+    """After how many updates the mean of 100 episodes first is at the threshold. None if never."""
     threshold = float(run[0]["threshold"] or "inf")  # some environments have none
     solved = (column(run, "episodes") >= 100) & (column(run, "episode_return") >= threshold)
     return int(np.argmax(solved)) + 1 if solved.any() else None  # argmax: where the first True is
 
 
 def has_collapsed(run):
-    """Whether a run ever lost half of its gain: its best return so far, minus the first one. A gain
-    of less than a fifth of the way from the first one to the threshold is noise."""
+    """Whether a run has ever lost half of its gain: the best return so far minus the first one. It
+    counts from a fifth of the way from the first return to the threshold on."""
     threshold = float(run[0]["threshold"] or "inf")
     returns = column(run, "episode_return")[column(run, "episodes") >= 100]
-    first = returns[:1]  # an array, as there may be none
-    best = np.maximum.accumulate(returns)  # so far
-    is_noise = (best <= first) | (best - first < abs(threshold - first) / 5)
-    return bool((~is_noise & (best - returns >= (best - first) / 2)).any())
+    first = returns[:1]  # may be empty
+    gain = np.maximum.accumulate(returns) - first
+    is_enough = (gain > 0) & (gain >= abs(threshold - first) / 5)
+    return bool((is_enough & (returns - first <= gain / 2)).any())
 
 
 def as_text(statistic, values, layout):
@@ -361,7 +362,7 @@ def label_axes(panels, rows):
 
 def mark_slice(axis, distances, kl):
     """Mark updates, of all runs, that were equally long (± 10 %), and the range of their KL."""
-    axis.set_title("Are equal steps in weights equal in behavior?")
+    axis.set_title("Are equal changes of weights equal in behavior?")
     axis.set(xlim=(1e-4, max(10, max(distances))), xscale="log", xlabel=r"$\|\Delta\theta\|_2$")
     visible = kl > SMALL
     if visible.any():  # else there is nothing to mark
@@ -369,7 +370,7 @@ def mark_slice(axis, distances, kl):
         inside = kl[visible & (0.9 * middle < distances) & (distances < 1.1 * middle)]
         axis.axvspan(0.9 * middle, 1.1 * middle, color="0.85", zorder=0)
         axis.vlines(middle, min(inside), max(inside), color="black", linewidth=2)
-        text = f"steps of {middle:.2g} ± 10 %:\nKL {min(inside):.1g} to {max(inside):.1g}"
+        text = f"changes of {middle:.2g} ± 10 %:\nKL {min(inside):.1g} to {max(inside):.1g}"
         axis.text(0.03, 0.97, text, va="top", transform=axis.transAxes)
 
 

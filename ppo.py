@@ -5,12 +5,12 @@ r_0 + gamma r_1 + gamma^2 r_2 + ... from state s on, if pi_old plays; Q(s, a) th
 first. A = Q - V is the advantage, and Â an estimate of it. If another policy pi chooses the action
 in s, and then pi_old goes on, the expected return is sum_a pi(a|s) Q(s, a): it changes by
 sum_a pi(a|s) A(s, a) = sum_a pi_old(a|s) * ratio * A(s, a), with the ratio pi(a|s) / pi_old(a|s).
-As pi_old drew the batch's actions, the batch's mean of ratio * Â estimates this change, in the
-states of pi_old. If pi chooses all later actions, too, gamma times such a change is added in the
-next state, and so on: in states of pi. They are like pi_old's only while pi acts like it. PPO takes
+As pi_old drew the batch's actions, the batch's mean of ratio * Â estimates this change. If pi plays
+on, it gains A(s_0, a_0) + gamma A(s_1, a_1) + ..., on average, in states that pi visits. The batch
+has those of pi_old, which are nearly the same only while pi acts nearly alike. So PPO takes
 away what a ratio would gain by going far from 1. It maximizes (the paper's equation 7)
 
-    L(theta)  =  mean over the batch of  min( ratio * Â,  clipped ratio * Â ),
+    L(theta)  =  mean over the batch of  min( ratio * Â,  clipped ratio * Â ),    with normalized Â,
 
 where the clipped ratio is the ratio, but at least 1 - clip and at most 1 + clip:
     Â > 0, ratio > 1 + clip: raised enough,  the min is (1 + clip) * Â, its gradient 0
@@ -213,8 +213,8 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     t = 0 ... T, s_T being where the last step led. The temporal-difference (TD) error
         error_t = r_t + gamma value(s_{t+1}) - value(s_t)
     has the mean A(s_t, a_t), for given s_t and a_t, if `value` is V. If it is not, value(s_{t+1})
-    misleads. Add the next error (whose mean is 0, if `value` is V): a reward takes its place, in
-        error_t + gamma error_{t+1} = r_t + gamma r_{t+1} + gamma^2 value(s_{t+2}) - value(s_t).
+    misleads. Adding the next error (of mean 0, if `value` is V) cancels it:
+        error_t + gamma error_{t+1} = r_t + gamma r_{t+1} + gamma^2 value(s_{t+2}) - value(s_t)
     But rewards are noisy. So GAE averages the sums of n = 1, 2, 3, ... errors, with the weights
     (1 - lambda) lambda^(n-1), which add up to 1. The error k steps ahead is in all sums with n > k:
     its weight is sum_{n > k} (1 - lambda) lambda^(n-1) = lambda^k. So
@@ -251,7 +251,7 @@ def collect(experience, policy, value, settings, rng):
     advantages = advantages[real]
     batch.advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     logits, _ = forward(policy, batch.states)
-    batch.log_probs_old = log_softmax(logits)  # [B, K], of the policy that played
+    batch.log_probs_old = log_softmax(logits)  # [B, K], of the policy that has played
     return batch
 
 
@@ -280,7 +280,7 @@ def minibatch_step(policy, batch, chosen, settings, decay):
     logits, activations = forward(policy, batch.states[chosen])
     log_probs = log_softmax(logits)  # [B, K]
     log_ratios = log_probs - batch.log_probs_old[chosen]
-    ratio = np.exp(log_ratios[np.arange(len(chosen)), actions])  # [B]; at first, all 1
+    ratio = np.exp(log_ratios[np.arange(len(chosen)), actions])  # [B]; at first all 1: REINFORCE
     slope = clipped_surrogate_gradient(ratio, batch.advantages[chosen], settings.clip)
     # ratio = exp(log pi - log pi_old), so gradient of ratio = ratio * gradient of log pi, and
     # gradient of min = slope * gradient of ratio = (slope * ratio) * gradient of log pi.

@@ -5,14 +5,14 @@ r_0 + gamma r_1 + gamma^2 r_2 + ... from state s on, if pi_old plays; Q(s, a) th
 first. A = Q - V is the advantage, and Â an estimate of it. If another policy pi chooses the action
 in s, and then pi_old goes on, the expected return is sum_a pi(a|s) Q(s, a): it changes by
 sum_a pi(a|s) A(s, a) = sum_a pi_old(a|s) * ratio * A(s, a), with the ratio pi(a|s) / pi_old(a|s).
-As pi_old drew the batch's actions, the batch's mean of ratio * Â estimates this change, in the
-states of pi_old. If pi chooses all later actions, too, gamma times such a change is added in the
-next state, and so on: in states of pi. They are like pi_old's only while pi acts like it. TRPO will
+As pi_old drew the batch's actions, the batch's mean of ratio * Â estimates this change. If pi plays
+on, it gains A(s_0, a_0) + gamma A(s_1, a_1) + ..., on average, in states that pi visits. The batch
+has those of pi_old, which are nearly the same only while pi acts nearly alike. So TRPO will
 
     maximize    L(theta)  =  mean over the batch of  ratio * Â
     subject to  mean over its states of  KL = sum_a pi_old log(pi_old / pi)  <=  delta.
 
-(KL tells how differently they act. In theory, the largest one counts, not the mean.)
+(KL tells how differently they act, as a distance in theta does not. In theory its maximum counts.)
 
     repeat:  play a batch of steps with the policy                          (section 4)
              estimate Â; targets: Â + value(s); normalize Â                 (section 5)
@@ -209,8 +209,8 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     t = 0 ... T, s_T being where the last step led. The temporal-difference (TD) error
         error_t = r_t + gamma value(s_{t+1}) - value(s_t)
     has the mean A(s_t, a_t), for given s_t and a_t, if `value` is V. If it is not, value(s_{t+1})
-    misleads. Add the next error (whose mean is 0, if `value` is V): a reward takes its place, in
-        error_t + gamma error_{t+1} = r_t + gamma r_{t+1} + gamma^2 value(s_{t+2}) - value(s_t).
+    misleads. Adding the next error (of mean 0, if `value` is V) cancels it:
+        error_t + gamma error_{t+1} = r_t + gamma r_{t+1} + gamma^2 value(s_{t+2}) - value(s_t)
     But rewards are noisy. So GAE averages the sums of n = 1, 2, 3, ... errors, with the weights
     (1 - lambda) lambda^(n-1), which add up to 1. The error k steps ahead is in all sums with n > k:
     its weight is sum_{n > k} (1 - lambda) lambda^(n-1) = lambda^k. So
@@ -247,7 +247,7 @@ def collect(experience, policy, value, settings, rng):
     advantages = advantages[real]
     batch.advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     logits, _ = forward(policy, batch.states)
-    batch.log_probs_old = log_softmax(logits)  # [B, K], of the policy that played
+    batch.log_probs_old = log_softmax(logits)  # [B, K], of the policy that has played
     return batch
 
 
@@ -283,10 +283,10 @@ def jacobian_vector_product(policy, activations, vector):
 def fisher_vector_product(policy, activations, probs, vector):
     """F v [P]. In a state with logits z [K], probabilities p [K] and J = dz/dtheta [K, P],
         KL = const - sum_k p_old_k log p_k,  where  log p_k = z_k - log sum_j exp(z_j)
-        dKL/dz = p - p_old,  and by the chain rule  dKL/dtheta = J^T (p - p_old)
-    By the product rule, its derivative is (dJ^T/dtheta) (p - p_old) + J^T dp/dtheta. At theta_old,
-    p = p_old: the first term is 0. With dp_k/dz_j = p_k (1 if j = k, else 0) - p_k p_j, the second
-    is F = J^T (dp/dz) J = J^T (diag(p) - p p^T) J. (Then the mean over the states.)"""
+        dKL/dz_k = p_k - p_old_k,  so  dKL/dtheta_m = sum_k dz_k/dtheta_m (p_k - p_old_k)
+    Differentiate this by theta_n. The second derivatives of z_k have the factor p_k - p_old_k, 0 at
+    theta_old. Left is sum_k dz_k/dtheta_m dp_k/dtheta_n. As dp_k/dz_j = p_k (1 if j = k, else 0)
+    - p_k p_j, this is J^T (diag(p) - p p^T) J. F is its mean over the states."""
     d_logits = jacobian_vector_product(policy, activations, vector)  # J v
     mean = (probs * d_logits).sum(axis=1, keepdims=True)  # p^T J v
     d_probs = probs * (d_logits - mean)  # (diag(p) - p p^T) J v
@@ -309,8 +309,8 @@ def conjugate_gradient(product, b, iterations):
         alpha = (residual @ direction) / curvature
         x = x + alpha * direction
         residual = residual - alpha * M_direction
-        # The next direction, n = residual + beta * direction, keeps residual . direction at 0 if
-        # n . M_direction = 0. (Earlier ones stay 0, too: unrounded, P rounds would be exact.)
+        # A step along n = residual + beta * direction takes a multiple of M n from the residual. If
+        # n . M_direction = 0, residual . direction stays 0. (Unrounded, P rounds would be exact.)
         beta = -(residual @ M_direction) / curvature
         direction = residual + beta * direction
     return x
@@ -337,8 +337,8 @@ def line_search(policy, full_step, batch, settings):
 
 def update_policy(policy, batch, settings, decay, rng):  # decay and rng are not needed here
     """The step c x, then the line search. In directions in which the KL hardly changes, x is huge,
-    far beyond where the Taylor series holds. So damping * |step|^2 / 2 is added to its KL, that is,
-    damping * identity to F. c makes the sum equal to delta, so less is left to the KL itself."""
+    far beyond where the Taylor series holds. So damping * |step|^2 / 2 is added to its KL: F
+    becomes F + damping * identity. c makes this sum equal to delta, so the KL itself gets less."""
     _, activations = forward(policy, batch.states)
     # The gradient of a ratio is ratio * gradient of log pi, and at theta_old every ratio is 1.
     g = policy_gradient(policy, activations, batch.log_probs_old, batch.actions, batch.advantages)

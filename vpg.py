@@ -20,7 +20,7 @@ far ahead. So Â is less noisy, but biased where `value` is wrong.
              estimate Â; targets: Â + value(s); normalize Â           (section 5)
              g = mean of Â * gradient of log pi; change theta by Adam (section 6)
              fit `value` to its targets, estimates of the return      (section 5)
-Theta changes once per batch, as g needs actions of the present policy. (Fitting `value` does not.)
+Theta changes once per batch: then the actions in the batch are no longer those of the policy.
 Run:  python vpg.py    Options:  python vpg.py --help
 """
 
@@ -207,8 +207,8 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     t = 0 ... T, s_T being where the last step led. The temporal-difference (TD) error
         error_t = r_t + gamma value(s_{t+1}) - value(s_t)
     has the mean A(s_t, a_t), for given s_t and a_t, if `value` is V. If it is not, value(s_{t+1})
-    misleads. Add the next error (whose mean is 0, if `value` is V): a reward takes its place, in
-        error_t + gamma error_{t+1} = r_t + gamma r_{t+1} + gamma^2 value(s_{t+2}) - value(s_t).
+    misleads. Adding the next error (of mean 0, if `value` is V) cancels it:
+        error_t + gamma error_{t+1} = r_t + gamma r_{t+1} + gamma^2 value(s_{t+2}) - value(s_t)
     But rewards are noisy. So GAE averages the sums of n = 1, 2, 3, ... errors, with the weights
     (1 - lambda) lambda^(n-1), which add up to 1. The error k steps ahead is in all sums with n > k:
     its weight is sum_{n > k} (1 - lambda) lambda^(n-1) = lambda^k. So
@@ -245,7 +245,7 @@ def collect(experience, policy, value, settings, rng):
     advantages = advantages[real]
     batch.advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     logits, _ = forward(policy, batch.states)
-    batch.log_probs_old = log_softmax(logits)  # [B, K], of the policy that played
+    batch.log_probs_old = log_softmax(logits)  # [B, K], of the policy that has played
     return batch
 
 
