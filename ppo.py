@@ -213,11 +213,11 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     t = 0 ... T, s_T being where the last step led. The temporal-difference (TD) error
         error_t = r_t + gamma value(s_{t+1}) - value(s_t)
     has the mean A(s_t, a_t), for given s_t and a_t, if `value` is V. If it is not, value(s_{t+1})
-    misleads. Adding the next error (of mean 0, if `value` is V) cancels it:
+    misleads. Adding gamma times the next error (of mean 0, if `value` is V) cancels it:
         error_t + gamma error_{t+1} = r_t + gamma r_{t+1} + gamma^2 value(s_{t+2}) - value(s_t)
     But rewards are noisy. So GAE averages the sums of n = 1, 2, 3, ... errors, with the weights
-    (1 - lambda) lambda^(n-1), which add up to 1. The error k steps ahead is in all sums with n > k:
-    its weight is sum_{n > k} (1 - lambda) lambda^(n-1) = lambda^k. So
+    (1 - lambda) lambda^(n-1); lambda = 1 is the limit. The error k steps ahead is in all sums with
+    n > k: its weight is sum_{n > k} (1 - lambda) lambda^(n-1) = lambda^k. So
         Â_t = error_t + gamma lambda error_{t+1} + (gamma lambda)^2 error_{t+2} + ...
             = error_t + gamma lambda Â_{t+1},   up to the end of the episode or batch."""
     # Terminated: nothing more is earned. Truncated: `value` says what would have been earned.
@@ -247,7 +247,7 @@ def collect(experience, policy, value, settings, rng):
     batch.values = values[:-1][real]  # only for `report`
     batch.targets = targets[real]
     # Normalize Â: usual, but not derived. Shifting it to mean 0 is nearly one more baseline. Making
-    # its standard deviation 1 makes all batches alike. (In trpo.py, that changes no step.)
+    # its standard deviation 1 gives all batches one scale. (It changes no step in trpo.py.)
     advantages = advantages[real]
     batch.advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     logits, _ = forward(policy, batch.states)
@@ -301,7 +301,7 @@ def update_policy(policy, batch, settings, decay, rng):
         kls.append(kl(batch.log_probs_old, log_softmax(logits)))
         if kls[-1] > settings.target_kl:
             break
-    fraction = float(np.concatenate(outside).mean())  # outside on either side, with gradient or not
+    fraction = float(np.concatenate(outside).mean())  # outside, with gradient or without
     return {"kl_first_epoch": kls[0], "clip_fraction": fraction, "epochs": len(kls)}
 
 
