@@ -251,7 +251,7 @@ def collect(experience, policy, value, settings, rng):
     return batch
 
 
-def fit_value(value, batch, settings, decay, rng):
+def fit_value(value, batch, settings, rate_factor, rng):
     """Least squares: uphill on -(target - output)^2 / 2, with the derivative target - output."""
     for _ in range(settings.value_epochs):
         order = rng.permutation(len(batch.targets))
@@ -259,7 +259,7 @@ def fit_value(value, batch, settings, decay, rng):
             outputs, activations = forward(value, batch.states[chosen])
             errors = batch.targets[chosen, None] - outputs  # None: a column, [B, 1]
             gradient = backward(value, activations, errors / len(chosen))
-            adam(value, gradient, decay * settings.value_learning_rate)
+            adam(value, gradient, rate_factor * settings.value_learning_rate)
 
 
 # --- 6. The update --------------------------------------------------------------------------------
@@ -335,7 +335,7 @@ def line_search(policy, full_step, batch, settings):
     return {"surrogate_gain": 0.0, "backtracks": settings.max_backtracks}
 
 
-def update_policy(policy, batch, settings, decay, rng):  # decay and rng are not needed here
+def update_policy(policy, batch, settings, rate_factor, rng):  # without the last two, here
     """The step c x, then the line search. In directions in which the KL hardly changes, x is huge,
     far beyond where the Taylor series holds. So damping * |step|^2 / 2 is added to its KL: F
     becomes F + damping * identity. c makes this sum equal to delta, so the KL itself gets less."""
@@ -364,7 +364,7 @@ def initial_policy(settings):
 
 
 def train(settings, policy):
-    """Train `policy`, in place. A generator: after each update, it yields a row of figures."""
+    """Train `policy`, in place. A generator: an update is made when its figures are asked for."""
     start = time.perf_counter()
     rng = np.random.default_rng([settings.seed, 1])  # another stream; `main` has 2 and 3
     D, H, _ = policy.sizes
@@ -373,17 +373,17 @@ def train(settings, policy):
     steps = 0
     update = 0
     while steps < settings.steps:
-        decay = 1 - steps / settings.steps  # factor of learning rates, from 1 towards 0
+        rate_factor = 1 - steps / settings.steps  # factor of learning rates, from 1 towards 0
         batch = collect(experience, policy, value, settings, rng)
         theta_old = policy.theta.copy()  # for `report`
-        own_figures = update_policy(policy, batch, settings, decay, rng)
-        fit_value(value, batch, settings, decay, rng)
+        update_figures = update_policy(policy, batch, settings, rate_factor, rng)
+        fit_value(value, batch, settings, rate_factor, rng)
         update += 1
         steps += len(batch.actions)
-        row = {"update": update, "steps": steps} | report(policy, theta_old, batch, experience)
-        if not np.isfinite([policy.theta.sum(), value.theta.sum(), row["kl"]]).all():
+        figures = {"update": update, "steps": steps} | report(policy, theta_old, batch, experience)
+        if not np.isfinite([policy.theta.sum(), value.theta.sum(), figures["kl"]]).all():
             raise FloatingPointError(f"update {update} is no longer finite: rates too high?")
-        yield row | {"seconds": time.perf_counter() - start} | own_figures
+        yield figures | {"seconds": time.perf_counter() - start} | update_figures
 
 
 def report(policy, theta_old, batch, experience):

@@ -249,7 +249,7 @@ def collect(experience, policy, value, settings, rng):
     return batch
 
 
-def fit_value(value, batch, settings, decay, rng):
+def fit_value(value, batch, settings, rate_factor, rng):
     """Least squares: uphill on -(target - output)^2 / 2, with the derivative target - output."""
     for _ in range(settings.value_epochs):
         order = rng.permutation(len(batch.targets))
@@ -257,16 +257,16 @@ def fit_value(value, batch, settings, decay, rng):
             outputs, activations = forward(value, batch.states[chosen])
             errors = batch.targets[chosen, None] - outputs  # None: a column, [B, 1]
             gradient = backward(value, activations, errors / len(chosen))
-            adam(value, gradient, decay * settings.value_learning_rate)
+            adam(value, gradient, rate_factor * settings.value_learning_rate)
 
 
 # --- 6. The update --------------------------------------------------------------------------------
-def update_policy(policy, batch, settings, decay, rng):
+def update_policy(policy, batch, settings, rate_factor, rng):
     """Change theta once. (`train` calls this alike in all three scripts; only ppo.py needs rng.)"""
     logits, activations = forward(policy, batch.states)
     log_probs = log_softmax(logits)
     g = policy_gradient(policy, activations, log_probs, batch.actions, batch.advantages)
-    adam(policy, g, decay * settings.learning_rate)
+    adam(policy, g, rate_factor * settings.learning_rate)
     return {}  # no figures of its own
 
 
@@ -279,7 +279,7 @@ def initial_policy(settings):
 
 
 def train(settings, policy):
-    """Train `policy`, in place. A generator: after each update, it yields a row of figures."""
+    """Train `policy`, in place. A generator: an update is made when its figures are asked for."""
     start = time.perf_counter()
     rng = np.random.default_rng([settings.seed, 1])  # another stream; `main` has 2 and 3
     D, H, _ = policy.sizes
@@ -288,17 +288,17 @@ def train(settings, policy):
     steps = 0
     update = 0
     while steps < settings.steps:
-        decay = 1 - steps / settings.steps  # factor of learning rates, from 1 towards 0
+        rate_factor = 1 - steps / settings.steps  # factor of learning rates, from 1 towards 0
         batch = collect(experience, policy, value, settings, rng)
         theta_old = policy.theta.copy()  # for `report`
-        own_figures = update_policy(policy, batch, settings, decay, rng)
-        fit_value(value, batch, settings, decay, rng)
+        update_figures = update_policy(policy, batch, settings, rate_factor, rng)
+        fit_value(value, batch, settings, rate_factor, rng)
         update += 1
         steps += len(batch.actions)
-        row = {"update": update, "steps": steps} | report(policy, theta_old, batch, experience)
-        if not np.isfinite([policy.theta.sum(), value.theta.sum(), row["kl"]]).all():
+        figures = {"update": update, "steps": steps} | report(policy, theta_old, batch, experience)
+        if not np.isfinite([policy.theta.sum(), value.theta.sum(), figures["kl"]]).all():
             raise FloatingPointError(f"update {update} is no longer finite: rates too high?")
-        yield row | {"seconds": time.perf_counter() - start} | own_figures
+        yield figures | {"seconds": time.perf_counter() - start} | update_figures
 
 
 def report(policy, theta_old, batch, experience):
