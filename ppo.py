@@ -6,12 +6,12 @@ first. A = Q - V is the advantage, and Â an estimate of it. If another policy p
 in s, and then pi_old goes on, the expected return is sum_a pi(a|s) Q(s, a): it changes by
 sum_a pi(a|s) A(s, a) = sum_a pi_old(a|s) * ratio * A(s, a), with the ratio pi(a|s) / pi_old(a|s).
 As pi_old drew the batch's actions, the batch's mean of ratio * Â estimates this change. If pi plays
-on, it gains A(s_0, a_0) + gamma A(s_1, a_1) + ..., on average, in states that pi visits. The batch
-has those of pi_old, which are nearly the same only while pi acts nearly alike. So PPO takes
-away what a ratio would gain by going far from 1. It maximizes (the paper's equation 7)
+on, it gains A(s_0, a_0) + gamma A(s_1, a_1) + ..., on average: A is the mean of r + gamma V(next s)
+- V(s), and in the sum all V cancel but V(s_0). Here, the states are those that pi visits. The batch
+has pi_old's, which are nearly the same only while pi acts nearly alike. So PPO takes away
+what a ratio would gain by going far from 1. It maximizes (the paper's equation 7)
 
     L(theta)  =  mean over the batch of  min( ratio * Â,  clipped ratio * Â ),    with normalized Â,
-
 where the clipped ratio is the ratio, but at least 1 - clip and at most 1 + clip:
     Â > 0, ratio > 1 + clip: raised enough,  the min is (1 + clip) * Â, its gradient 0
     Â < 0, ratio < 1 - clip: lowered enough, the min is (1 - clip) * Â, its gradient 0
@@ -213,7 +213,7 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     t = 0 ... T, s_T being where the last step led. The temporal-difference (TD) error
         error_t = r_t + gamma value(s_{t+1}) - value(s_t)
     has the mean A(s_t, a_t), for given s_t and a_t, if `value` is V. If it is not, value(s_{t+1})
-    misleads. Adding gamma times the next error (of mean 0, if `value` is V) cancels it:
+    misleads. Adding gamma times the next error (of mean 0 over its action, if `value` is V) helps:
         error_t + gamma error_{t+1} = r_t + gamma r_{t+1} + gamma^2 value(s_{t+2}) - value(s_t)
     But rewards are noisy. So GAE averages the sums of n = 1, 2, 3, ... errors, with the weights
     (1 - lambda) lambda^(n-1); lambda = 1 is the limit. The error k steps ahead is in all sums with
@@ -247,7 +247,7 @@ def collect(experience, policy, value, settings, rng):
     batch.values = values[:-1][real]  # only for `report`
     batch.targets = targets[real]
     # Normalize Â: usual, but not derived. Shifting it to mean 0 is nearly one more baseline. Making
-    # its standard deviation 1 gives all batches one scale. (It changes no step in trpo.py.)
+    # its standard deviation 1 gives all batches one scale. (This scale changes no step of TRPO.)
     advantages = advantages[real]
     batch.advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     logits, _ = forward(policy, batch.states)
@@ -275,7 +275,7 @@ def clipped_surrogate_gradient(ratio, advantages, clip):
 
 
 def minibatch_step(policy, batch, chosen, settings, rate_factor):
-    """A step of Adam, for the chosen rows of batch. Returns which ratios are outside the clip."""
+    """A step of Adam, for the chosen rows of batch. Returns which ratios were outside before."""
     actions = batch.actions[chosen]
     logits, activations = forward(policy, batch.states[chosen])
     log_probs = log_softmax(logits)  # [B, K]

@@ -6,12 +6,12 @@ first. A = Q - V is the advantage, and Â an estimate of it. If another policy p
 in s, and then pi_old goes on, the expected return is sum_a pi(a|s) Q(s, a): it changes by
 sum_a pi(a|s) A(s, a) = sum_a pi_old(a|s) * ratio * A(s, a), with the ratio pi(a|s) / pi_old(a|s).
 As pi_old drew the batch's actions, the batch's mean of ratio * Â estimates this change. If pi plays
-on, it gains A(s_0, a_0) + gamma A(s_1, a_1) + ..., on average, in states that pi visits. The batch
-has those of pi_old, which are nearly the same only while pi acts nearly alike. So TRPO will
+on, it gains A(s_0, a_0) + gamma A(s_1, a_1) + ..., on average: A is the mean of r + gamma V(next s)
+- V(s), and in the sum all V cancel but V(s_0). Here, the states are those that pi visits. The batch
+has pi_old's, which are nearly the same only while pi acts nearly alike. So TRPO will
 
     maximize    L(theta)  =  mean over the batch of  ratio * Â
     subject to  mean over its states of  KL = sum_a pi_old log(pi_old / pi)  <=  delta.
-
 (KL tells how differently they act, as a distance in theta does not. In theory its maximum counts.)
 
     repeat:  play a batch of steps with the policy                          (section 4)
@@ -209,7 +209,7 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     t = 0 ... T, s_T being where the last step led. The temporal-difference (TD) error
         error_t = r_t + gamma value(s_{t+1}) - value(s_t)
     has the mean A(s_t, a_t), for given s_t and a_t, if `value` is V. If it is not, value(s_{t+1})
-    misleads. Adding gamma times the next error (of mean 0, if `value` is V) cancels it:
+    misleads. Adding gamma times the next error (of mean 0 over its action, if `value` is V) helps:
         error_t + gamma error_{t+1} = r_t + gamma r_{t+1} + gamma^2 value(s_{t+2}) - value(s_t)
     But rewards are noisy. So GAE averages the sums of n = 1, 2, 3, ... errors, with the weights
     (1 - lambda) lambda^(n-1); lambda = 1 is the limit. The error k steps ahead is in all sums with
@@ -243,7 +243,7 @@ def collect(experience, policy, value, settings, rng):
     batch.values = values[:-1][real]  # only for `report`
     batch.targets = targets[real]
     # Normalize Â: usual, but not derived. Shifting it to mean 0 is nearly one more baseline. Making
-    # its standard deviation 1 gives all batches one scale. (It changes no step in trpo.py.)
+    # its standard deviation 1 gives all batches one scale. (This scale changes no step of TRPO.)
     advantages = advantages[real]
     batch.advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     logits, _ = forward(policy, batch.states)
@@ -281,12 +281,12 @@ def jacobian_vector_product(policy, activations, vector):
 
 
 def fisher_vector_product(policy, activations, probs, vector):
-    """F v [P]. In a state with logits z [K], probabilities p [K] and J = dz/dtheta [K, P],
-        KL = const - sum_k p_old_k log p_k,  where  log p_k = z_k - log sum_j exp(z_j)
-        dKL/dz_k = p_k - p_old_k,  so  dKL/dtheta_m = sum_k dz_k/dtheta_m (p_k - p_old_k)
-    Differentiate this by theta_n. The second derivatives of z_k have the factor p_k - p_old_k, 0 at
-    theta_old. Left is sum_k dz_k/dtheta_m dp_k/dtheta_n. As dp_k/dz_j = p_k (1 if j = k, else 0)
-    - p_k p_j, this is J^T (diag(p) - p p^T) J. F is its mean over the states."""
+    """F v [P]. In a state with logits z [K], probabilities p [K] and J = dz/dtheta [K, P]:
+    1. KL = const - sum_k p_old_k log p_k, with log p_k = z_k - log sum_j exp(z_j).
+    2. So dKL/dz = p - p_old, and by the chain rule dKL/dtheta = J^T (p - p_old).
+    3. By the product rule, the derivative of this has two terms. That of J's change is 0 at
+       theta_old, where p - p_old = 0. That of p's change is J^T dp/dtheta = J^T (dp/dz) J.
+    4. dp_k/dz_j = p_k (1 if j = k, else 0) - p_k p_j. So F = mean of J^T (diag(p) - p p^T) J."""
     d_logits = jacobian_vector_product(policy, activations, vector)  # J v
     mean = (probs * d_logits).sum(axis=1, keepdims=True)  # p^T J v
     d_probs = probs * (d_logits - mean)  # (diag(p) - p p^T) J v
@@ -296,7 +296,7 @@ def fisher_vector_product(policy, activations, probs, vector):
 def conjugate_gradient(product, b, iterations):
     """Solve M x = b from product(v) = M v, as M may be too big to store. M is symmetric, and
     v . M v > 0. So f(x) = b . x - x . M x / 2 is a hill; on its top, the gradient b - M x is 0.
-    Climb it, from x = 0. (Nocedal & Wright 2006, section 5.1)"""
+    Climb it, from x = 0. (Nocedal & Wright 2006, section 5.1: unrounded, P rounds are enough.)"""
     x = np.zeros_like(b)
     residual = b  # b - M x, the gradient
     direction = b
@@ -309,8 +309,8 @@ def conjugate_gradient(product, b, iterations):
         alpha = (residual @ direction) / curvature
         x = x + alpha * direction
         residual = residual - alpha * M_direction
-        # A step along n = residual + beta * direction takes a multiple of M n from the residual. If
-        # n . M_direction = 0, residual . direction stays 0. (Unrounded, P rounds would be exact.)
+        # Next, go along new = residual + beta * direction. It changes residual . direction, now 0,
+        # by -alpha * new . M_direction. Let this be 0: then what was gained along direction is kept.
         beta = -(residual @ M_direction) / curvature
         direction = residual + beta * direction
     return x

@@ -207,7 +207,7 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     t = 0 ... T, s_T being where the last step led. The temporal-difference (TD) error
         error_t = r_t + gamma value(s_{t+1}) - value(s_t)
     has the mean A(s_t, a_t), for given s_t and a_t, if `value` is V. If it is not, value(s_{t+1})
-    misleads. Adding gamma times the next error (of mean 0, if `value` is V) cancels it:
+    misleads. Adding gamma times the next error (of mean 0 over its action, if `value` is V) helps:
         error_t + gamma error_{t+1} = r_t + gamma r_{t+1} + gamma^2 value(s_{t+2}) - value(s_t)
     But rewards are noisy. So GAE averages the sums of n = 1, 2, 3, ... errors, with the weights
     (1 - lambda) lambda^(n-1); lambda = 1 is the limit. The error k steps ahead is in all sums with
@@ -241,7 +241,7 @@ def collect(experience, policy, value, settings, rng):
     batch.values = values[:-1][real]  # only for `report`
     batch.targets = targets[real]
     # Normalize Â: usual, but not derived. Shifting it to mean 0 is nearly one more baseline. Making
-    # its standard deviation 1 gives all batches one scale. (It changes no step in trpo.py.)
+    # its standard deviation 1 gives all batches one scale. (This scale changes no step of TRPO.)
     advantages = advantages[real]
     batch.advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     logits, _ = forward(policy, batch.states)
