@@ -12,7 +12,7 @@ has pi_old's, which are nearly the same only while pi acts nearly alike. So TRPO
 
     maximize    L(theta)  =  mean over the batch of  ratio * Â
     subject to  mean over its states of  KL = sum_a pi_old log(pi_old / pi)  <=  delta.
-(KL tells how differently they act, as a distance in theta does not. In theory its maximum counts.)
+(Unlike distance in theta, KL tells how differently they act. The theory limits its largest value.)
 
     repeat:  play a batch of steps with the policy                          (section 4)
              estimate Â; targets: Â + value(s); normalize Â                 (section 5)
@@ -310,7 +310,7 @@ def conjugate_gradient(product, b, iterations):
         x = x + alpha * direction
         residual = residual - alpha * M_direction
         # Next, go along new = residual + beta * direction. It changes residual . direction, now 0,
-        # by -alpha * new . M_direction. Let this be 0: then what was gained along direction is kept.
+        # by -alpha * new . M_direction. Let it be 0: then what was gained along direction is kept.
         beta = -(residual @ M_direction) / curvature
         direction = residual + beta * direction
     return x
@@ -335,7 +335,7 @@ def line_search(policy, full_step, batch, settings):
     return {"surrogate_gain": 0.0, "backtracks": settings.max_backtracks}
 
 
-def update_policy(policy, batch, settings, rate_factor, rng):  # without the last two, here
+def update_policy(policy, batch, settings, rate_factor, rng):  # (rate_factor and rng: unused here)
     """The step c x, then the line search. In directions in which the KL hardly changes, x is huge,
     far beyond where the Taylor series holds. So damping * |step|^2 / 2 is added to its KL: F
     becomes F + damping * identity. c makes this sum equal to delta, so the KL itself gets less."""
