@@ -212,12 +212,12 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     """Generalized advantage estimation (Schulman et al. 2016): Â [T, N]. values[t]: value(s_t), for
     t = 0 ... T, s_T being where the last step led. The temporal-difference (TD) error
         error_t = r_t + gamma value(s_{t+1}) - value(s_t)
-    has the mean A(s_t, a_t), for given s_t and a_t, if `value` is V. If it is not, value(s_{t+1})
-    misleads. Adding gamma times the next error (of mean 0 over its action, if `value` is V) helps:
+    has the mean A(s_t, a_t), for given s_t and a_t, if `value` is V. If not, add more errors: in
         error_t + gamma error_{t+1} = r_t + gamma r_{t+1} + gamma^2 value(s_{t+2}) - value(s_t)
-    But rewards are noisy. So GAE averages the sums of n = 1, 2, 3, ... errors, with the weights
-    (1 - lambda) lambda^(n-1); lambda = 1 is the limit. The error k steps ahead is in all sums with
-    n > k: its weight is sum_{n > k} (1 - lambda) lambda^(n-1) = lambda^k. So
+    a reward replaces value(s_{t+1}). But rewards are noisy. So GAE averages these sums:
+        error_t                        with the weight  1 - lambda,
+        error_t + gamma error_{t+1}    with the weight  (1 - lambda) lambda,    and so on.
+    The first k sums lack error_{t+k}. The others' weights add up to lambda^k (lambda < 1). Hence
         Â_t = error_t + gamma lambda error_{t+1} + (gamma lambda)^2 error_{t+2} + ...
             = error_t + gamma lambda Â_{t+1},   up to the end of the episode or batch."""
     # Terminated: nothing more is earned. Truncated: `value` says what would have been earned.
