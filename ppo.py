@@ -155,8 +155,8 @@ def kl(log_probs_old, log_probs_new):
 
 
 def policy_gradient(policy, activations, log_probs, actions, coefficients):
-    """The gradient by theta [P] of  mean over the batch of coefficient * log pi(a|s).  Coefficients
-    [B] are numbers, not differentiated; in REINFORCE they are returns. By the logits z,
+    """The gradient by theta [P] of  mean over the batch of coefficient * log pi(a|s).  The
+    coefficients [B] are taken as given numbers; in REINFORCE they are returns. By the logits z,
         log pi(a|s) = z_a - log sum_j exp(z_j)    has the derivatives
         d log pi(a|s) / dz_k = (1 if k = a, else 0) - pi(k|s)."""
     grad_log_prob = -np.exp(log_probs)  # [B, K]
@@ -283,7 +283,7 @@ def minibatch_step(policy, batch, chosen, settings, rate_factor):
     ratio = np.exp(log_ratios[np.arange(len(chosen)), actions])  # [B]; at first all 1: REINFORCE
     slope = clipped_surrogate_gradient(ratio, batch.advantages[chosen], settings.clip)
     # ratio = exp(log pi - log pi_old), so gradient of ratio = ratio * gradient of log pi, and
-    # gradient of min = slope * gradient of ratio = (slope * ratio) * gradient of log pi.
+    # gradient of min = slope * gradient of ratio = (a number, slope * ratio) * gradient of log pi.
     gradient = policy_gradient(policy, activations, log_probs, actions, slope * ratio)
     adam(policy, gradient, rate_factor * settings.learning_rate)
     return np.abs(ratio - 1) > settings.clip

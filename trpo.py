@@ -151,8 +151,8 @@ def kl(log_probs_old, log_probs_new):
 
 
 def policy_gradient(policy, activations, log_probs, actions, coefficients):
-    """The gradient by theta [P] of  mean over the batch of coefficient * log pi(a|s).  Coefficients
-    [B] are numbers, not differentiated; in REINFORCE they are returns. By the logits z,
+    """The gradient by theta [P] of  mean over the batch of coefficient * log pi(a|s).  The
+    coefficients [B] are taken as given numbers; in REINFORCE they are returns. By the logits z,
         log pi(a|s) = z_a - log sum_j exp(z_j)    has the derivatives
         d log pi(a|s) / dz_k = (1 if k = a, else 0) - pi(k|s)."""
     grad_log_prob = -np.exp(log_probs)  # [B, K]
