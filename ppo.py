@@ -9,7 +9,7 @@ As pi_old drew the batch's actions, the batch's mean of ratio * Â estimates thi
 on, it gains A(s_0, a_0) + gamma A(s_1, a_1) + ..., on average: A is the mean of r + gamma V(next s)
 - V(s), and in the sum all V cancel but V(s_0). Here, the states are those that pi visits. The batch
 has pi_old's, which are nearly the same only while pi acts nearly alike. So PPO takes away
-what a ratio would gain by going far from 1. It maximizes (the paper's equation 7)
+what a ratio would gain by going far from 1. It maximizes (equation 7 of the paper; no gamma^t)
 
     L(theta)  =  mean over the batch of  min( ratio * Â,  clipped ratio * Â ),    with normalized Â,
 where the clipped ratio is the ratio, but at least 1 - clip and at most 1 + clip:

@@ -10,7 +10,7 @@ on, it gains A(s_0, a_0) + gamma A(s_1, a_1) + ..., on average: A is the mean of
 - V(s), and in the sum all V cancel but V(s_0). Here, the states are those that pi visits. The batch
 has pi_old's, which are nearly the same only while pi acts nearly alike. So TRPO will
 
-    maximize    L(theta)  =  mean over the batch of  ratio * Â
+    maximize    L(theta)  =  mean over the batch of  ratio * Â    (as usual, without gamma^t)
     subject to  mean over its states of  KL = sum_a pi_old log(pi_old / pi)  <=  delta.
 (Unlike distance in theta, KL tells how differently they act. The theory limits its largest value.)
 
