@@ -145,7 +145,7 @@ def sample_actions(policy, states, rng):
     ends = np.exp(log_softmax(logits)).cumsum(axis=1)  # [N, K]
     points = rng.random((len(states), 1))
     # The last end is left out: rounded below 1, it could give action K, which does not exist.
-    return (points > ends[:, :-1]).sum(axis=1)
+    return (points >= ends[:, :-1]).sum(axis=1)
 
 
 def kl(log_probs_old, log_probs_new):
