@@ -251,8 +251,8 @@ def solved_after(run):
 
 
 def has_collapsed(run):
-    """Whether a run has ever lost half of its gain: the best return so far minus the first one. It
-    counts from a fifth of the way from the first return to the threshold on."""
+    """Whether a run ever lost half of its gain (best return so far - first one). A gain must be at
+    least a fifth of the way from the first return to the threshold; a smaller one is noise."""
     threshold = float(run[0]["threshold"] or "inf")
     returns = column(run, "episode_return")[column(run, "episodes") >= 100]
     first = returns[:1]  # may be empty

@@ -184,8 +184,8 @@ def make_env(settings, num_envs, **options):
 class Experience:
     def __init__(self, settings, rng):
         """Environments side by side, whose episodes go on from batch to batch. Each step is a row.
-        If step 7 ends an episode, it leads to the last state, s8. Gymnasium resets one step late:
-        step 8 ignores its action, and leads to the first state of a new episode. So we get
+        If step 7 ends an episode, it leads to the last state, s8. Vector environments then reset by
+        themselves, here one step late: step 8 ignores its action, and leads to a new first state.
             row 7:  s7, action taken,    terminated (by the task) or truncated (by a time limit)
             row 8:  s8, action ignored,  resetting
         `gae` uses value(s8), if truncated. Then `collect` drops row 8: its action did nothing."""
@@ -214,10 +214,10 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
         error_t = r_t + gamma value(s_{t+1}) - value(s_t)
     has the mean A(s_t, a_t), for given s_t and a_t, if `value` is V. If not, add more errors: in
         error_t + gamma error_{t+1} = r_t + gamma r_{t+1} + gamma^2 value(s_{t+2}) - value(s_t)
-    a reward replaces value(s_{t+1}). But rewards are noisy. So GAE averages these sums:
+    r_{t+1} + gamma value(s_{t+2}) replaces value(s_{t+1}). Rewards are noisy, so GAE averages:
         error_t                        with the weight  1 - lambda,
-        error_t + gamma error_{t+1}    with the weight  (1 - lambda) lambda,    and so on.
-    The first k sums lack error_{t+k}. The others' weights add up to lambda^k (lambda < 1). Hence
+        error_t + gamma error_{t+1}    with the weight  (1 - lambda) lambda, and so on (lambda < 1).
+    The sums that hold gamma^k error_{t+k} weigh (1 - lambda) (lambda^k + ...) = lambda^k. Hence
         Â_t = error_t + gamma lambda error_{t+1} + (gamma lambda)^2 error_{t+2} + ...
             = error_t + gamma lambda Â_{t+1},   up to the end of the episode or batch."""
     # Terminated: nothing more is earned. Truncated: `value` says what would have been earned.
@@ -275,7 +275,7 @@ def clipped_surrogate_gradient(ratio, advantages, clip):
 
 
 def minibatch_step(policy, batch, chosen, settings, rate_factor):
-    """A step of Adam, for the chosen rows of batch. Returns which ratios were outside before."""
+    """A step of Adam, for the chosen rows of batch. Returns where |ratio - 1| > clip, before it."""
     actions = batch.actions[chosen]
     logits, activations = forward(policy, batch.states[chosen])
     log_probs = log_softmax(logits)  # [B, K]
