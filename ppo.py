@@ -247,7 +247,7 @@ def collect(experience, policy, value, settings, rng):
     batch.values = values[:-1][real]  # only for `report`
     batch.targets = targets[real]
     # Normalize Â: usual, but not derived. Shifting it to mean 0 is nearly one more baseline. Making
-    # its standard deviation 1 gives all batches one scale. (This scale changes no step of TRPO.)
+    # its standard deviation 1 gives all batches one scale. (`targets`, above, need it as it was.)
     advantages = advantages[real]
     batch.advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     logits, _ = forward(policy, batch.states)
