@@ -2,9 +2,8 @@
 # requires-python = ">=3.10"
 # dependencies = ["numpy>=1.26", "gymnasium>=1.0", "matplotlib>=3.8"]
 # ///
-"""Which variant of a script learns, how reliably, and how far does an update move its actions? (A
-small change of weights can move them far, and then the next data are bad.) Luck decides much, so
-each variant, a script with options, is trained several times, with different seeds.
+"""Which variant of a script learns, how reliably, and how far does an update move its actions? A
+variant is a script with options. Luck decides much, so it is trained with several seeds.
 
     python compare.py                                    vpg, trpo and ppo as they are
     python compare.py ppo "ppo --clip inf" --seeds 10    two variants, each with 10 seeds
@@ -19,7 +18,8 @@ ended the run. It does not have --steps: combine only files that were made with 
 import os
 import signal
 
-# Each run is a process that imports this file, as __mp_main__. Ctrl-C is for the main process only.
+# A run (section 2) is a process of its own. It first imports this file, with __mp_main__ as its
+# name, and from here on it ignores Ctrl-C, which is for the main process only.
 if __name__ == "__mp_main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before NumPy: one thread suits small arrays
@@ -34,7 +34,7 @@ import traceback
 from contextlib import redirect_stderr
 from importlib import import_module
 from io import StringIO
-from itertools import chain, product
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +42,6 @@ import numpy as np
 # episode_return: mean of the last 100 episodes. kl: how differently the policy then acts, a mean of
 # sum_a pi_old log(pi_old / pi_new) over states. step_norm: the length of theta_new - theta_old.
 NUMBERS = ["update", "steps", "episodes", "episode_return", "kl", "step_norm", "seconds"]
-NO_NUMBERS = dict.fromkeys(NUMBERS, "")  # for a run that fails before its first update
 
 
 # --- 1. Variants ----------------------------------------------------------------------------------
@@ -87,22 +86,20 @@ def check(options):
 
 
 def read_variant(text, options):
-    """Check a variant. Return its labels, with the first seed, and its settings as one text."""
+    """Check a variant. Return its labels, with the first seed, and its settings as one text.
+    A script must have `parse`, `make_env`, `initial_policy` and `train`, as in vpg.py."""
     script, *typed = text.split() or [""]  # "ppo --clip 0.1" -> "ppo" and ["--clip", "0.1"]
     script = script.removesuffix(".py")
     scripts = {path.stem for path in Path(__file__).parent.glob("*.py")} - {"compare", "test_smoke"}
     if script not in scripts:
         refuse(f"no script {script!r} beside compare.py; there are: {', '.join(sorted(scripts))}")
-    module = import_module(script)  # has Settings, parse, make_env, initial_policy, train
+    module = import_module(script)
+    words = [*options.shared, *typed]
     try:
         with redirect_stderr(StringIO()) as printed:
-            settings = module.parse([*options.shared, *typed])
-    except SystemExit:  # the script has refused them
-        message = printed.getvalue().split("error: ")[-1]  # argparse prints the usage before this
-        name = message.split(" ")[0]
-        if hasattr(module.Settings, name):  # cg_iterations, say, was typed as --cg-iterations
-            message = message.replace(name, "--" + name.replace("_", "-"), 1)
-        refuse(f"{text!r}: {message}")
+            settings = module.parse(words)
+    except SystemExit:  # the script has refused them: a usage, then "error: ..."
+        refuse(f"{' '.join([script, *words])!r}: {printed.getvalue().split('error: ')[-1]}")
     if settings.watch:
         refuse(f"{text!r}: --watch is for a single run, of the script itself")
     spec = module.make_env(settings, 1).spec  # its id, and the return that counts as solved
@@ -114,21 +111,22 @@ def read_variant(text, options):
 def read_variants(options, rows):
     """The labels of each variant to train. Of those that have the same settings, only the first."""
     given = group(rows, "variant")  # from .csv files
-    variants = {}
+    variants = {}  # settings -> labels
     for text in options.variants:
         labels, settings = read_variant(text, options)
-        variants.setdefault(settings, labels)
         if labels["variant"] in given:
             refuse(f"{text!r} is in the .csv file already")
+        first = variants.setdefault(settings, labels)
+        if first is not labels:
+            print(f"{text!r} is the same as {first['variant']!r}", file=sys.stderr)
     if len(given) + len(variants) > len(COLORS):
         refuse(f"a picture has room for {len(COLORS)} variants, not {len(given) + len(variants)}")
     return list(variants.values())
 
 
 # --- 2. Runs --------------------------------------------------------------------------------------
-# Each run is a process, so that several run at once, and one that is killed takes no other along.
 def train(labels, shared, sender):
-    """A run, in its own process. Sends its rows, as text. If it fails, the last one says why."""
+    """A run, in its own process. It sends its rows, as text. If it fails, the last one says why."""
     threading.Thread(target=end_with_main_process, daemon=True).start()
     script, *typed = labels["variant"].split()
     np.seterr(all="ignore")  # the scripts themselves check that all is finite
@@ -137,7 +135,8 @@ def train(labels, shared, sender):
     try:
         module = import_module(script)
         settings = module.parse([*shared, *typed, f"--seed={labels['seed']}"])
-        for numbers in module.train(settings, module.initial_policy(settings)):
+        policy = module.initial_policy(settings)
+        for numbers in module.train(settings, policy):  # those of an update, as a dict
             cells = {name: str(number) for name, number in numbers.items()}
             for name in NUMBERS:
                 float(cells[name])  # fails if a script that somebody has edited leaves it out
@@ -147,7 +146,7 @@ def train(labels, shared, sender):
         lines = [frame.lineno for frame in frames if Path(frame.filename).stem == script]
         place = f", {script}.py, line {lines[-1]}" if lines else ""
         error = " ".join(f"{type(problem).__name__}: {problem}{place}".split())
-    rows = rows or [labels | NO_NUMBERS]  # the run is to be counted all the same
+    rows = rows or [labels | {"update": ""}]  # it failed before its first update, but it counts
     rows[-1]["error"] = error
     sender.send(rows)
 
@@ -169,14 +168,14 @@ def train_all(variants, options):
             labels = variant | {"seed": str(int(variant["seed"]) + number)}
             receiver, sender = spawn.Pipe(duplex=False)
             spawn.Process(target=train, args=(labels, options.shared, sender), daemon=True).start()
-            sender.close()  # only the run may send: if it dies, recv raises EOFError, and ends
+            sender.close()  # the run has a copy; while this one is open, recv would never give up
             running[receiver] = labels
         for receiver in multiprocessing.connection.wait(running):
             labels = running.pop(receiver)
             try:
                 yield receiver.recv()
-            except (EOFError, OSError):
-                yield [labels | NO_NUMBERS | {"error": "its process was killed"}]  # rows are lost
+            except (EOFError, OSError):  # the run died, and its copy of the sender with it
+                yield [labels | {"update": "", "error": "its process was killed"}]  # rows are lost
 
 
 def train_and_save(rows, variants, options):
@@ -198,7 +197,7 @@ def train_and_save(rows, variants, options):
 # --- 3. CSV ---------------------------------------------------------------------------------------
 def write_csv(path, rows):
     """All rows, with empty cells where a script has no such column; `error` is the last column."""
-    names = [name for name in dict.fromkeys(chain.from_iterable(rows)) if name != "error"]
+    names = dict.fromkeys(name for row in rows for name in row if name != "error")  # each once
     part = path.with_name(f".{path.name}.part")
     with open(part, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*names, "error"])
@@ -255,7 +254,9 @@ def has_collapsed(run):
     least a fifth of the way from the first return to the threshold; a smaller one is noise."""
     threshold = float(run[0]["threshold"] or "inf")
     returns = column(run, "episode_return")[column(run, "episodes") >= 100]
-    first = returns[:1]  # may be empty
+    if len(returns) == 0:
+        return False
+    first = returns[0]
     gain = np.maximum.accumulate(returns) - first
     is_enough = (gain > 0) & (gain >= abs(threshold - first) / 5)
     return bool((is_enough & (returns - first <= gain / 2)).any())
@@ -267,22 +268,23 @@ def as_text(statistic, values, layout):
 
 
 def summarize(rows):
-    """A variant's line of the table, by heading. A run that failed counts with the rows it has."""
+    """A variant's line of the table, by heading. A run that failed counts with the rows it has. One
+    in which no episode has ended has no return: "final" and its range leave it out."""
     runs = list(group(rows, "seed").values())
-    learning = [run[: solved_after(run)] for run in runs]  # all of a run if that is None
     solved = [run[solved_after(run) - 1] for run in runs if solved_after(run)]
     never = [np.inf] * (len(runs) - len(solved))  # unsolved counts as solved infinitely late
     ends = [run[-1] for run in runs]
-    returns = column(ends, "episode_return")
-    returns = np.sort(returns[np.isfinite(returns)])  # nan: not an episode has ended
+    returns = np.sort(column(ends, "episode_return"))
+    returns = returns[np.isfinite(returns)]  # nan: no episode has ended
     quarter = len(returns) // 4
     middle = returns[quarter : len(returns) - quarter]  # without the luckiest and the unluckiest
+    learning = [row for run in runs for row in run[: solved_after(run)]]  # [:None] is all of it
     summary = {
         "solved": f"{len(solved)}/{len(runs)}",
         "after steps": as_text(np.median, [*column(solved, "steps"), *never], ",.0f"),
         "final": as_text(np.mean, middle, ".4g"),  # interquartile mean of the last returns
         "(range)": f"{as_text(min, returns, '.4g')} to {as_text(max, returns, '.4g')}",
-        "learning KL": as_text(np.median, column(chain(*learning), "kl"), ".2g"),  # until solved
+        "learning KL": as_text(np.median, column(learning, "kl"), ".2g"),  # until solved
         "max KL": as_text(max, column(rows, "kl"), ".2g"),
         "collapsed": f"{sum(map(has_collapsed, runs))}/{len(runs)}",
         "s/update": as_text(np.median, column(ends, "seconds") / column(ends, "update"), ".3f"),
@@ -298,8 +300,6 @@ def table(rows):
     lines = []
     for name, variant_rows in group(rows, "variant").items():
         summary = summarize(variant_rows)
-        if any(row["error"] for row in variant_rows):
-            name += " (runs failed)"
         if not lines:
             lines.append(layout.format("variant", *summary))  # the headings
         if len(name) > 17:
@@ -311,22 +311,22 @@ def table(rows):
 
 # --- 5. Picture -----------------------------------------------------------------------------------
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255"]
-LINES = ["-", "--", "-.", ":", "-", "--", "-.", ":"]
+LINES = ["-", "--", "-.", ":"]
 SMALL = 1e-7  # a KL up to this is lost in float32's rounding, and is not drawn
 
 
 def draw(rows):
     """A figure: returns and KL over the steps, and KL over the change of theta."""
     figure = import_module("matplotlib.figure").Figure(figsize=(10, 8), layout="constrained")
-    panels = figure.subplot_mosaic([["return", "return"], ["kl", "distance"]])
+    panels = figure.subplot_mosaic([["return", "return"], ["kl", "step_norm"]])
     for number, (name, own) in enumerate(group(rows, "variant").items()):
-        style = {"color": COLORS[number], "linestyle": LINES[number], "label": name}
+        style = {"color": COLORS[number], "linestyle": LINES[number % 4], "label": name}
         draw_curve(panels["return"], own, "episode_return", style)
         draw_curve(panels["kl"], own, "kl", style)
         points = column(own, "step_norm"), column(own, "kl")
-        panels["distance"].scatter(*points, s=12, color=COLORS[number], linewidth=0, alpha=0.4)
+        panels["step_norm"].scatter(*points, s=12, color=COLORS[number], linewidth=0, alpha=0.4)
     label_axes(panels, rows)
-    mark_slice(panels["distance"], column(rows, "step_norm"), column(rows, "kl"))
+    mark_slice(panels["step_norm"], column(rows, "step_norm"), column(rows, "kl"))
     return figure
 
 
@@ -342,35 +342,35 @@ def draw_curve(axis, rows, name, style):
     for window in np.unique(windows[finite]):
         inside = finite & (windows == window)
         points.append([steps[inside].mean(), *np.percentile(numbers[inside], (25, 50, 75))])
-    steps, low, middle, high = np.reshape(points, (-1, 4)).T  # a row per window, maybe none
+    steps, low, middle, high = np.reshape(points, (-1, 4)).T  # four columns, even without a row
     axis.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
     axis.plot(steps, middle, linewidth=2, marker="o", markersize=3, **style)
 
 
 def label_axes(panels, rows):
     """Titles, axes and units of the curves, and lines to read them against."""
-    steps = {"xlabel": "thousand environment steps", "xlim": (0, None)}
+    steps = {"xlabel": f"thousand steps in {', '.join(group(rows, 'env'))}", "xlim": (0, None)}
     panels["return"].set(title="Mean return of the last 100 episodes (grey line: solved)", **steps)
     panels["kl"].set(title="KL of an update: median, middle half (all seeds)", **steps)
     panels["return"].legend(loc="lower center", bbox_to_anchor=(0.5, 1.1), ncols=2, handlelength=4)
     for threshold in filter(None, group(rows, "threshold")):
         panels["return"].axhline(float(threshold), color="0.3", linewidth=1)
     highest = max(0.1, 2 * max(column(rows, "kl")))
-    for axis in panels["kl"], panels["distance"]:
+    for axis in panels["kl"], panels["step_norm"]:
         axis.set(ylim=(SMALL, highest), yscale="log", ylabel="KL in nats")
 
 
-def mark_slice(axis, distances, kl):
-    """Mark updates, of all runs, that were equally long (± 10 %), and the range of their KL."""
+def mark_slice(axis, step_norms, kl):
+    """Mark updates, of all variants, that were equally long (± 10 %), and the range of their KL."""
     axis.set_title("Are equal changes of weights equal in behavior?")
-    axis.set(xlim=(1e-4, max(10, max(distances))), xscale="log", xlabel=r"$\|\Delta\theta\|_2$")
+    axis.set(xlim=(1e-4, max(10, max(step_norms))), xscale="log", xlabel="step_norm: ‖Δθ‖")
     visible = kl > SMALL
     if visible.any():  # else there is nothing to mark
-        middle = np.percentile(distances[visible], 50, method="nearest")  # of an update that exists
-        inside = kl[visible & (0.9 * middle < distances) & (distances < 1.1 * middle)]
+        middle = np.percentile(step_norms[visible], 50, method="nearest")  # a real update's
+        inside = kl[visible & (0.9 * middle < step_norms) & (step_norms < 1.1 * middle)]
         axis.axvspan(0.9 * middle, 1.1 * middle, color="0.85", zorder=0)
         axis.vlines(middle, min(inside), max(inside), color="black", linewidth=2)
-        text = f"changes of {middle:.2g} ± 10 %:\nKL {min(inside):.1g} to {max(inside):.1g}"
+        text = f"step_norm {middle:.2g} ± 10 %:\nKL {min(inside):.1g} to {max(inside):.1g}"
         axis.text(0.03, 0.97, text, va="top", transform=axis.transAxes)
 
 
