@@ -1,15 +1,18 @@
 """Proximal policy optimization (PPO-Clip): several steps with each batch, not far from its policy.
 
-pi_old, a network with weights theta_old, has played a batch of steps. V(s) is the expected return
-r_0 + gamma r_1 + gamma^2 r_2 + ... from state s on, if pi_old plays; Q(s, a) the same, if a comes
-first. A = Q - V is the advantage, and Â an estimate of it. If another policy pi chooses the action
-in s, and then pi_old goes on, the expected return is sum_a pi(a|s) Q(s, a): it changes by
-sum_a pi(a|s) A(s, a) = sum_a pi_old(a|s) * ratio * A(s, a), with the ratio pi(a|s) / pi_old(a|s).
-As pi_old drew the batch's actions, the batch's mean of ratio * Â estimates this change. If pi plays
-on, it gains A(s_0, a_0) + gamma A(s_1, a_1) + ..., on average: A is the mean of r + gamma V(next s)
-- V(s), and in the sum all V cancel but V(s_0). Here, the states are those that pi visits. The batch
-has pi_old's, which are nearly the same only while pi acts nearly alike. So PPO takes away
-what a ratio would gain by going far from 1. It maximizes (equation 7 of the paper; no gamma^t)
+REINFORCE plays a batch of steps with a policy pi(a|s; theta), and moves its weights theta along the
+mean of return * gradient of log pi (as usual, without Sutton & Barto's factor gamma^t). The return
+from s on is r_0 + gamma r_1 + gamma^2 r_2 + ..., V(s) its expectation. Less noisy than a return is
+Â, an estimate of the advantage A(s, a): of how much more than V(s) is expected if a is first.
+
+After one step, the batch's actions are no longer those of the policy. To make several, PPO climbs
+the mean of ratio * Â. ratio is pi(a|s) / pi_old(a|s), where pi_old is the policy that has played.
+- At theta_old, its gradient is the mean of Â * gradient of log pi, as the gradient of the ratio is
+  (gradient of pi) / pi_old, which is the gradient of log pi there.
+- Elsewhere, the ratio makes up for whose actions they are: sum_a pi_old * ratio * A = sum_a pi * A.
+- Nothing makes up for the states and Â: pi would visit other states, and play on differently. So
+  this is to be trusted only while pi acts nearly as pi_old does. Therefore PPO takes away what a
+  ratio would gain by going far from 1. It maximizes (equation 7 of the paper)
 
     L(theta)  =  mean over the batch of  min( ratio * Â,  clipped ratio * Â ),    with normalized Â,
 where the clipped ratio is the ratio, but at least 1 - clip and at most 1 + clip:
@@ -155,9 +158,8 @@ def kl(log_probs_old, log_probs_new):
 
 
 def policy_gradient(policy, activations, log_probs, actions, coefficients):
-    """The gradient by theta [P] of  mean over the batch of coefficient * log pi(a|s).  The
-    coefficients [B] are taken as given numbers; in REINFORCE they are returns. By the logits z,
-        log pi(a|s) = z_a - log sum_j exp(z_j)    has the derivatives
+    """The gradient by theta [P] of the mean over the batch of coefficient * log pi(a|s), where the
+    coefficients [B] are given numbers. With logits z, log pi(a|s) = z_a - log sum_j exp(z_j), so
         d log pi(a|s) / dz_k = (1 if k = a, else 0) - pi(k|s)."""
     grad_log_prob = -np.exp(log_probs)  # [B, K]
     grad_log_prob[np.arange(len(actions)), actions] += 1  # in row i the column actions[i]
@@ -195,29 +197,27 @@ class Experience:
         self.resetting = np.zeros(settings.num_envs, bool)  # [N], True where the next step resets
 
     def play(self, policy, horizon, rng):
-        """Take T = horizon steps. Returns six arrays: the states [T, N, D], the others [T, N]."""
+        """Take T = horizon steps. Returns their columns, states [T, N, D] and five more [T, N], and
+        the states [N, D] to which the last step has led."""
         rows = []
         for _ in range(horizon):
-            states = self.states
-            resetting = self.resetting
-            actions = sample_actions(policy, states, rng)
-            self.states, rewards, terminated, truncated, _ = self.env.step(actions)
+            actions = sample_actions(policy, self.states, rng)
+            next_states, rewards, terminated, truncated, _ = self.env.step(actions)
+            rows.append((self.states, actions, rewards, terminated, truncated, self.resetting))
+            self.states = next_states
             self.resetting = terminated | truncated
-            rows.append((states, actions, rewards, terminated, truncated, resetting))
-        return [np.array(column) for column in zip(*rows)]  # zip makes 6 columns out of T rows
+        return [np.array(column) for column in zip(*rows)], self.states  # zip: rows to columns
 
 
 # --- 5. Values and advantages ---------------------------------------------------------------------
 def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     """Generalized advantage estimation (Schulman et al. 2016): Â [T, N]. values[t]: value(s_t), for
-    t = 0 ... T, s_T being where the last step led. The temporal-difference (TD) error
-        error_t = r_t + gamma value(s_{t+1}) - value(s_t)
-    has the mean A(s_t, a_t), for given s_t and a_t, if `value` is V. If not, add more errors: in
-        error_t + gamma error_{t+1} = r_t + gamma r_{t+1} + gamma^2 value(s_{t+2}) - value(s_t)
-    r_{t+1} + gamma value(s_{t+2}) replaces value(s_{t+1}). Rewards are noisy, so GAE averages:
-        error_t                        with the weight  1 - lambda,
-        error_t + gamma error_{t+1}    with the weight  (1 - lambda) lambda, and so on (lambda < 1).
-    The sums that hold gamma^k error_{t+k} weigh (1 - lambda) (lambda^k + ...) = lambda^k. Hence
+    t = 0 ... T; s_T is where the last step led. Each step has a temporal-difference (TD) error,
+        error_t = r_t + gamma value(s_{t+1}) - value(s_t).
+    If `value` is V, error_t is A(s_t, a_t) on average. A second estimate adds the later errors,
+        error_t + gamma error_{t+1} + gamma^2 error_{t+2} + ...  =  return from s_t on - value(s_t),
+    as the values in between cancel. The first is wrong where `value` is, the second has the noise
+    of all rewards. GAE lies between them (lambda = 0 is the first, lambda = 1 the second):
         Â_t = error_t + gamma lambda error_{t+1} + (gamma lambda)^2 error_{t+2} + ...
             = error_t + gamma lambda Â_{t+1},   up to the end of the episode or batch."""
     # Terminated: nothing more is earned. Truncated: `value` says what would have been earned.
@@ -233,9 +233,9 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
 
 def collect(experience, policy, value, settings, rng):
     """Play, and return the batch: arrays with one row for each real step, [B] or [B, ...]."""
-    columns = experience.play(policy, settings.horizon, rng)
+    columns, last_states = experience.play(policy, settings.horizon, rng)
     states, actions, rewards, terminated, truncated, resetting = columns
-    all_states = np.concatenate([states, [experience.states]], dtype=np.float32)  # [T + 1, N, D]
+    all_states = np.concatenate([states, [last_states]], dtype=np.float32)  # [T + 1, N, D]
     outputs, _ = forward(value, all_states)  # [T + 1, N, 1]
     values = outputs[..., 0]
     advantages = gae(rewards, values, terminated, truncated, settings.gamma, settings.gae_lambda)
@@ -246,8 +246,8 @@ def collect(experience, policy, value, settings, rng):
     batch.actions = actions[real]
     batch.values = values[:-1][real]  # only for `report`
     batch.targets = targets[real]
-    # Normalize Â: usual, but not derived. Shifting it to mean 0 is nearly one more baseline. Making
-    # its standard deviation 1 gives all batches one scale. (`targets`, above, need it as it was.)
+    # Normalize Â (usual, but not derived): mean 0 is nearly one more baseline, and a standard
+    # deviation of 1 gives all batches one scale. `targets`, above, need Â as it was.
     advantages = advantages[real]
     batch.advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     logits, _ = forward(policy, batch.states)

@@ -149,9 +149,8 @@ def kl(log_probs_old, log_probs_new):
 
 
 def policy_gradient(policy, activations, log_probs, actions, coefficients):
-    """The gradient by theta [P] of  mean over the batch of coefficient * log pi(a|s).  The
-    coefficients [B] are taken as given numbers; in REINFORCE they are returns. By the logits z,
-        log pi(a|s) = z_a - log sum_j exp(z_j)    has the derivatives
+    """The gradient by theta [P] of the mean over the batch of coefficient * log pi(a|s), where the
+    coefficients [B] are given numbers. With logits z, log pi(a|s) = z_a - log sum_j exp(z_j), so
         d log pi(a|s) / dz_k = (1 if k = a, else 0) - pi(k|s)."""
     grad_log_prob = -np.exp(log_probs)  # [B, K]
     grad_log_prob[np.arange(len(actions)), actions] += 1  # in row i the column actions[i]
@@ -189,29 +188,27 @@ class Experience:
         self.resetting = np.zeros(settings.num_envs, bool)  # [N], True where the next step resets
 
     def play(self, policy, horizon, rng):
-        """Take T = horizon steps. Returns six arrays: the states [T, N, D], the others [T, N]."""
+        """Take T = horizon steps. Returns their columns, states [T, N, D] and five more [T, N], and
+        the states [N, D] to which the last step has led."""
         rows = []
         for _ in range(horizon):
-            states = self.states
-            resetting = self.resetting
-            actions = sample_actions(policy, states, rng)
-            self.states, rewards, terminated, truncated, _ = self.env.step(actions)
+            actions = sample_actions(policy, self.states, rng)
+            next_states, rewards, terminated, truncated, _ = self.env.step(actions)
+            rows.append((self.states, actions, rewards, terminated, truncated, self.resetting))
+            self.states = next_states
             self.resetting = terminated | truncated
-            rows.append((states, actions, rewards, terminated, truncated, resetting))
-        return [np.array(column) for column in zip(*rows)]  # zip makes 6 columns out of T rows
+        return [np.array(column) for column in zip(*rows)], self.states  # zip: rows to columns
 
 
 # --- 5. Values and advantages ---------------------------------------------------------------------
 def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     """Generalized advantage estimation (Schulman et al. 2016): Â [T, N]. values[t]: value(s_t), for
-    t = 0 ... T, s_T being where the last step led. The temporal-difference (TD) error
-        error_t = r_t + gamma value(s_{t+1}) - value(s_t)
-    has the mean A(s_t, a_t), for given s_t and a_t, if `value` is V. If not, add more errors: in
-        error_t + gamma error_{t+1} = r_t + gamma r_{t+1} + gamma^2 value(s_{t+2}) - value(s_t)
-    r_{t+1} + gamma value(s_{t+2}) replaces value(s_{t+1}). Rewards are noisy, so GAE averages:
-        error_t                        with the weight  1 - lambda,
-        error_t + gamma error_{t+1}    with the weight  (1 - lambda) lambda, and so on (lambda < 1).
-    The sums that hold gamma^k error_{t+k} weigh (1 - lambda) (lambda^k + ...) = lambda^k. Hence
+    t = 0 ... T; s_T is where the last step led. Each step has a temporal-difference (TD) error,
+        error_t = r_t + gamma value(s_{t+1}) - value(s_t).
+    If `value` is V, error_t is A(s_t, a_t) on average. A second estimate adds the later errors,
+        error_t + gamma error_{t+1} + gamma^2 error_{t+2} + ...  =  return from s_t on - value(s_t),
+    as the values in between cancel. The first is wrong where `value` is, the second has the noise
+    of all rewards. GAE lies between them (lambda = 0 is the first, lambda = 1 the second):
         Â_t = error_t + gamma lambda error_{t+1} + (gamma lambda)^2 error_{t+2} + ...
             = error_t + gamma lambda Â_{t+1},   up to the end of the episode or batch."""
     # Terminated: nothing more is earned. Truncated: `value` says what would have been earned.
@@ -227,9 +224,9 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
 
 def collect(experience, policy, value, settings, rng):
     """Play, and return the batch: arrays with one row for each real step, [B] or [B, ...]."""
-    columns = experience.play(policy, settings.horizon, rng)
+    columns, last_states = experience.play(policy, settings.horizon, rng)
     states, actions, rewards, terminated, truncated, resetting = columns
-    all_states = np.concatenate([states, [experience.states]], dtype=np.float32)  # [T + 1, N, D]
+    all_states = np.concatenate([states, [last_states]], dtype=np.float32)  # [T + 1, N, D]
     outputs, _ = forward(value, all_states)  # [T + 1, N, 1]
     values = outputs[..., 0]
     advantages = gae(rewards, values, terminated, truncated, settings.gamma, settings.gae_lambda)
@@ -240,8 +237,8 @@ def collect(experience, policy, value, settings, rng):
     batch.actions = actions[real]
     batch.values = values[:-1][real]  # only for `report`
     batch.targets = targets[real]
-    # Normalize Â: usual, but not derived. Shifting it to mean 0 is nearly one more baseline. Making
-    # its standard deviation 1 gives all batches one scale. (`targets`, above, need it as it was.)
+    # Normalize Â (usual, but not derived): mean 0 is nearly one more baseline, and a standard
+    # deviation of 1 gives all batches one scale. `targets`, above, need Â as it was.
     advantages = advantages[real]
     batch.advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     logits, _ = forward(policy, batch.states)
