@@ -18,8 +18,7 @@ ended the run. It does not have --steps: combine only files that were made with 
 import os
 import signal
 
-# A run (section 2) is a process of its own. It first imports this file, with __mp_main__ as its
-# name, and from here on it ignores Ctrl-C, which is for the main process only.
+# Runs import this file as __mp_main__. Ctrl-C reaches all processes; only the main one is to react.
 if __name__ == "__mp_main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before NumPy: one thread suits small arrays
@@ -39,8 +38,9 @@ from pathlib import Path
 
 import numpy as np
 
-# episode_return: mean of the last 100 episodes. kl: how differently the policy then acts, a mean of
-# sum_a pi_old log(pi_old / pi_new) over states. step_norm: the length of theta_new - theta_old.
+# kl: Kullback-Leibler divergence sum_a pi_old(a|s) log(pi_old(a|s) / pi_new(a|s)), a mean over the
+# batch's states. 0: the policy acts as before the update; larger: more differently. step_norm: the
+# length of theta_new - theta_old, its weights. episode_return: the mean of the last 100 episodes.
 NUMBERS = ["update", "steps", "episodes", "episode_return", "kl", "step_norm", "seconds"]
 
 
@@ -129,25 +129,21 @@ def train(labels, shared, sender):
     """A run, in its own process. It sends its rows, as text. If it fails, the last one says why."""
     threading.Thread(target=end_with_main_process, daemon=True).start()
     script, *typed = labels["variant"].split()
-    np.seterr(all="ignore")  # the scripts themselves check that all is finite
+    np.seterr(all="ignore")  # as the scripts do: they stop if weights or KL are no longer finite
     rows = []
-    error = ""
     try:
         module = import_module(script)
         settings = module.parse([*shared, *typed, f"--seed={labels['seed']}"])
         policy = module.initial_policy(settings)
-        for numbers in module.train(settings, policy):  # those of an update, as a dict
+        for numbers in module.train(settings, policy):  # after each update, a dict of its numbers
             cells = {name: str(number) for name, number in numbers.items()}
-            for name in NUMBERS:
-                float(cells[name])  # fails if a script that somebody has edited leaves it out
             rows.append(labels | cells | {"error": ""})
     except BaseException as problem:  # noqa: BLE001 (a script may even call sys.exit)
         frames = traceback.extract_tb(problem.__traceback__)
         lines = [frame.lineno for frame in frames if Path(frame.filename).stem == script]
         place = f", {script}.py, line {lines[-1]}" if lines else ""
-        error = " ".join(f"{type(problem).__name__}: {problem}{place}".split())
-    rows = rows or [labels | {"update": ""}]  # it failed before its first update, but it counts
-    rows[-1]["error"] = error
+        rows = rows or [labels | {"update": ""}]  # it made no update, but it counts
+        rows[-1]["error"] = " ".join(f"{type(problem).__name__}: {problem}{place}".split())
     sender.send(rows)
 
 
@@ -158,7 +154,7 @@ def end_with_main_process():
 
 
 def train_all(variants, options):
-    """Generator: the rows of each run, as soon as it ends. At most options.jobs run at a time."""
+    """Generator: the rows of each run. (A ready-made pool would break if one process is killed.)"""
     spawn = multiprocessing.get_context("spawn")
     waiting = list(product(range(options.seeds), variants))
     running = {}  # receiving end of a pipe -> labels of the run that will send its rows through it
@@ -168,13 +164,13 @@ def train_all(variants, options):
             labels = variant | {"seed": str(int(variant["seed"]) + number)}
             receiver, sender = spawn.Pipe(duplex=False)
             spawn.Process(target=train, args=(labels, options.shared, sender), daemon=True).start()
-            sender.close()  # the run has a copy; while this one is open, recv would never give up
+            sender.close()  # the run has its own; a sender left open here would hide its death
             running[receiver] = labels
         for receiver in multiprocessing.connection.wait(running):
             labels = running.pop(receiver)
             try:
                 yield receiver.recv()
-            except (EOFError, OSError):  # the run died, and its copy of the sender with it
+            except (EOFError, OSError):  # no sender is left
                 yield [labels | {"update": "", "error": "its process was killed"}]  # rows are lost
 
 
@@ -256,10 +252,15 @@ def has_collapsed(run):
     returns = column(run, "episode_return")[column(run, "episodes") >= 100]
     if len(returns) == 0:
         return False
-    first = returns[0]
-    gain = np.maximum.accumulate(returns) - first
-    is_enough = (gain > 0) & (gain >= abs(threshold - first) / 5)
-    return bool((is_enough & (returns - first <= gain / 2)).any())
+    gain = np.maximum.accumulate(returns) - returns[0]
+    is_enough = (gain > 0) & (gain >= abs(threshold - returns[0]) / 5)
+    return bool((is_enough & (returns - returns[0] <= gain / 2)).any())
+
+
+def interquartile_mean(values):
+    """The mean without the lowest and the highest quarter: an odd run or two hardly matter."""
+    quarter = len(values) // 4
+    return np.mean(np.sort(values)[quarter : len(values) - quarter])
 
 
 def as_text(statistic, values, layout):
@@ -268,21 +269,18 @@ def as_text(statistic, values, layout):
 
 
 def summarize(rows):
-    """A variant's line of the table, by heading. A run that failed counts with the rows it has. One
-    in which no episode has ended has no return: "final" and its range leave it out."""
+    """A variant's line of the table, by heading. A run that failed counts with the rows it has."""
     runs = list(group(rows, "seed").values())
     solved = [run[solved_after(run) - 1] for run in runs if solved_after(run)]
     never = [np.inf] * (len(runs) - len(solved))  # unsolved counts as solved infinitely late
     ends = [run[-1] for run in runs]
-    returns = np.sort(column(ends, "episode_return"))
-    returns = returns[np.isfinite(returns)]  # nan: no episode has ended
-    quarter = len(returns) // 4
-    middle = returns[quarter : len(returns) - quarter]  # without the luckiest and the unluckiest
+    returns = column(ends, "episode_return")
+    returns = returns[np.isfinite(returns)]  # nan, if no episode has ended, is left out
     learning = [row for run in runs for row in run[: solved_after(run)]]  # [:None] is all of it
     summary = {
         "solved": f"{len(solved)}/{len(runs)}",
         "after steps": as_text(np.median, [*column(solved, "steps"), *never], ",.0f"),
-        "final": as_text(np.mean, middle, ".4g"),  # interquartile mean of the last returns
+        "final": as_text(interquartile_mean, returns, ".4g"),
         "(range)": f"{as_text(min, returns, '.4g')} to {as_text(max, returns, '.4g')}",
         "learning KL": as_text(np.median, column(learning, "kl"), ".2g"),  # until solved
         "max KL": as_text(max, column(rows, "kl"), ".2g"),
@@ -361,7 +359,8 @@ def label_axes(panels, rows):
 
 
 def mark_slice(axis, step_norms, kl):
-    """Mark updates, of all variants, that were equally long (± 10 %), and the range of their KL."""
+    """Mark updates, of all variants, with nearly equal step_norm, and the range of their KL. If it is
+    wide, a limit on step_norm does not limit the change of behavior. So TRPO limits the KL."""
     axis.set_title("Are equal changes of weights equal in behavior?")
     axis.set(xlim=(1e-4, max(10, max(step_norms))), xscale="log", xlabel="step_norm: ‖Δθ‖")
     visible = kl > SMALL
@@ -369,8 +368,9 @@ def mark_slice(axis, step_norms, kl):
         middle = np.percentile(step_norms[visible], 50, method="nearest")  # a real update's
         inside = kl[visible & (0.9 * middle < step_norms) & (step_norms < 1.1 * middle)]
         axis.axvspan(0.9 * middle, 1.1 * middle, color="0.85", zorder=0)
-        axis.vlines(middle, min(inside), max(inside), color="black", linewidth=2)
-        text = f"step_norm {middle:.2g} ± 10 %:\nKL {min(inside):.1g} to {max(inside):.1g}"
+        low, high = np.percentile(inside, (5, 95))
+        axis.vlines(middle, low, high, color="black", linewidth=2)
+        text = f"step_norm {middle:.2g} ± 10 %:\n9 of 10 have KL {low:.1g} to {high:.1g}"
         axis.text(0.03, 0.97, text, va="top", transform=axis.transAxes)
 
 

@@ -1,18 +1,19 @@
 """Proximal policy optimization (PPO-Clip): several steps with each batch, not far from its policy.
 
-REINFORCE plays a batch of steps with a policy pi(a|s; theta), and moves its weights theta along the
-mean of return * gradient of log pi (as usual, without Sutton & Barto's factor gamma^t). The return
-from s on is r_0 + gamma r_1 + gamma^2 r_2 + ..., V(s) its expectation. Less noisy than a return is
-Â, an estimate of the advantage A(s, a): of how much more than V(s) is expected if a is first.
+REINFORCE plays a batch of steps with a policy pi(a|s; theta), and moves the weights theta along the
+mean of return * gradient of log pi (without gamma^t, as usual). The return from s on is r_0 + gamma
+r_1 + gamma^2 r_2 + ...; V(s) is its expectation. In place of the return one can take Â, an estimate
+of the advantage A(s, a): of the expected return if a comes first, and then pi, minus V(s). This is
+less noisy, but the same on average, as sum_a pi * gradient of log pi = gradient of sum_a pi = 0.
 
-After one step, the batch's actions are no longer those of the policy. To make several, PPO climbs
-the mean of ratio * Â. ratio is pi(a|s) / pi_old(a|s), where pi_old is the policy that has played.
-- At theta_old, its gradient is the mean of Â * gradient of log pi, as the gradient of the ratio is
-  (gradient of pi) / pi_old, which is the gradient of log pi there.
-- Elsewhere, the ratio makes up for whose actions they are: sum_a pi_old * ratio * A = sum_a pi * A.
-- Nothing makes up for the states and Â: pi would visit other states, and play on differently. So
-  this is to be trusted only while pi acts nearly as pi_old does. Therefore PPO takes away what a
-  ratio would gain by going far from 1. It maximizes (equation 7 of the paper)
+After one change of theta, the batch's actions are no longer drawn from the policy. To make several
+with each batch, PPO climbs a function, the surrogate: the mean of ratio * Â. ratio is pi(a|s) /
+pi_old(a|s), where pi_old, with the weights theta_old, is the policy that has played.
+- At theta_old, its gradient is REINFORCE's, with Â: (gradient of pi) / pi_old = gradient of log pi.
+- The ratio makes up for pi_old's choice of actions: sum_a pi_old * ratio * A = sum_a pi * A.
+- Nothing makes up for the states: pi would visit others than pi_old. So the surrogate is to be
+  trusted only while pi acts nearly as pi_old does. Therefore PPO takes away what a ratio would gain
+  by going far from 1. It maximizes the clipped surrogate (equation 7 of the paper)
 
     L(theta)  =  mean over the batch of  min( ratio * Â,  clipped ratio * Â ),    with normalized Â,
 where the clipped ratio is the ratio, but at least 1 - clip and at most 1 + clip:
@@ -124,7 +125,7 @@ def backward(network, activations, grad_outputs):
 
 def adam(network, gradient, learning_rate):
     """One step uphill (Kingma & Ba 2015, algorithm 1). m is a mean of recent gradients, v of their
-    squares. So m / sqrt(v) is near 1 or -1 where the gradients agree, near 0 where they do not."""
+    squares. m / sqrt(v) is 1 or -1 if all gradients are equal, near 0 if their signs alternate."""
     network.adam_steps += 1
     network.adam_m = 0.9 * network.adam_m + 0.1 * gradient
     network.adam_v = 0.999 * network.adam_v + 0.001 * gradient**2
@@ -186,19 +187,18 @@ def make_env(settings, num_envs, **options):
 class Experience:
     def __init__(self, settings, rng):
         """Environments side by side, whose episodes go on from batch to batch. Each step is a row.
-        If step 7 ends an episode, it leads to the last state, s8. Vector environments then reset by
-        themselves, here one step late: step 8 ignores its action, and leads to a new first state.
+        If step 7 ends an episode, it leads to the last state, s8, whose value `gae` may need. Then
+        the environment resets by itself: step 8 ignores its action, and leads to a new first state.
             row 7:  s7, action taken,    terminated (by the task) or truncated (by a time limit)
-            row 8:  s8, action ignored,  resetting
-        `gae` uses value(s8), if truncated. Then `collect` drops row 8: its action did nothing."""
+            row 8:  s8, action ignored,  resetting: no real step, `collect` drops it"""
         env = make_env(settings, settings.num_envs)
-        self.env = gym.wrappers.vector.RecordEpisodeStatistics(env)  # see `report`
+        self.env = gym.wrappers.vector.RecordEpisodeStatistics(env)  # keeps the last 100 returns
         self.states, _ = self.env.reset(seed=int(rng.integers(2**31)))  # [N, D]
         self.resetting = np.zeros(settings.num_envs, bool)  # [N], True where the next step resets
 
     def play(self, policy, horizon, rng):
-        """Take T = horizon steps. Returns their columns, states [T, N, D] and five more [T, N], and
-        the states [N, D] to which the last step has led."""
+        """Take T = horizon steps. Return states [T, N, D], actions, rewards, terminated, truncated,
+        resetting [T, N], and where the last step has led: last_states [N, D]."""
         rows = []
         for _ in range(horizon):
             actions = sample_actions(policy, self.states, rng)
@@ -214,12 +214,13 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     """Generalized advantage estimation (Schulman et al. 2016): Â [T, N]. values[t]: value(s_t), for
     t = 0 ... T; s_T is where the last step led. Each step has a temporal-difference (TD) error,
         error_t = r_t + gamma value(s_{t+1}) - value(s_t).
-    If `value` is V, error_t is A(s_t, a_t) on average. A second estimate adds the later errors,
-        error_t + gamma error_{t+1} + gamma^2 error_{t+2} + ...  =  return from s_t on - value(s_t),
-    as the values in between cancel. The first is wrong where `value` is, the second has the noise
-    of all rewards. GAE lies between them (lambda = 0 is the first, lambda = 1 the second):
+    If `value` is V, error_t is A(s_t, a_t) on average. If not, add the errors of later steps:
+        error_t + gamma error_{t+1} + ... + gamma^k error_{t+k}
+        = r_t + gamma r_{t+1} + ... + gamma^k r_{t+k} + gamma^{k+1} value(s_{t+k+1}) - value(s_t)
+    relies less on `value`, as the values in between cancel, but has the noise of more rewards. So
+    GAE lets the errors fade: up to the end of the episode or batch,
         Â_t = error_t + gamma lambda error_{t+1} + (gamma lambda)^2 error_{t+2} + ...
-            = error_t + gamma lambda Â_{t+1},   up to the end of the episode or batch."""
+            = error_t + gamma lambda Â_{t+1}."""
     # Terminated: nothing more is earned. Truncated: `value` says what would have been earned.
     next_values = np.where(terminated, 0, values[1:])  # [T, N]
     td_errors = rewards + gamma * next_values - values[:-1]
@@ -239,15 +240,14 @@ def collect(experience, policy, value, settings, rng):
     outputs, _ = forward(value, all_states)  # [T + 1, N, 1]
     values = outputs[..., 0]
     advantages = gae(rewards, values, terminated, truncated, settings.gamma, settings.gae_lambda)
-    targets = advantages + values[:-1]  # Â + value(s) estimates the return from s on
+    targets = advantages + values[:-1]  # return from s on, estimated; Â not yet normalized
     real = ~resetting  # [T, N]; as an index it takes the entries that are True: [T, N] to [B]
     batch = SimpleNamespace()
     batch.states = all_states[:-1][real]  # [B, D]
     batch.actions = actions[real]
     batch.values = values[:-1][real]  # only for `report`
     batch.targets = targets[real]
-    # Normalize Â (usual, but not derived): mean 0 is nearly one more baseline, and a standard
-    # deviation of 1 gives all batches one scale. `targets`, above, need Â as it was.
+    # Normalize Â (usual, but not derived): nearly one more baseline, and one scale for all batches.
     advantages = advantages[real]
     batch.advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     logits, _ = forward(policy, batch.states)
@@ -256,12 +256,12 @@ def collect(experience, policy, value, settings, rng):
 
 
 def fit_value(value, batch, settings, rate_factor, rng):
-    """Least squares: uphill on -(target - output)^2 / 2, with the derivative target - output."""
+    """Least squares, uphill on -(target - output)^2 / 2. Targets are fixed, in several passes."""
     for _ in range(settings.value_epochs):
         order = rng.permutation(len(batch.targets))
         for chosen in np.array_split(order, settings.minibatches):
             outputs, activations = forward(value, batch.states[chosen])
-            errors = batch.targets[chosen, None] - outputs  # None: a column, [B, 1]
+            errors = batch.targets[chosen, None] - outputs  # [B, 1], the derivative by the outputs
             gradient = backward(value, activations, errors / len(chosen))
             adam(value, gradient, rate_factor * settings.value_learning_rate)
 
@@ -280,7 +280,7 @@ def minibatch_step(policy, batch, chosen, settings, rate_factor):
     logits, activations = forward(policy, batch.states[chosen])
     log_probs = log_softmax(logits)  # [B, K]
     log_ratios = log_probs - batch.log_probs_old[chosen]
-    ratio = np.exp(log_ratios[np.arange(len(chosen)), actions])  # [B]; at first all 1: REINFORCE
+    ratio = np.exp(log_ratios[np.arange(len(chosen)), actions])  # [B]; all 1 before the first step
     slope = clipped_surrogate_gradient(ratio, batch.advantages[chosen], settings.clip)
     # ratio = exp(log pi - log pi_old), so gradient of ratio = ratio * gradient of log pi, and
     # gradient of min = slope * gradient of ratio = (a number, slope * ratio) * gradient of log pi.
@@ -301,7 +301,7 @@ def update_policy(policy, batch, settings, rate_factor, rng):
         kls.append(kl(batch.log_probs_old, log_softmax(logits)))
         if kls[-1] > settings.target_kl:
             break
-    fraction = float(np.concatenate(outside).mean())  # outside, with gradient or without
+    fraction = float(np.concatenate(outside).mean())  # of ratios outside 1 ± clip, flat or not
     return {"kl_first_epoch": kls[0], "clip_fraction": fraction, "epochs": len(kls)}
 
 
@@ -314,7 +314,7 @@ def initial_policy(settings):
 
 
 def train(settings, policy):
-    """Train `policy`, in place. A generator: an update is made when its figures are asked for."""
+    """Train `policy`, in place. A generator: each turn of `for row in train(...)` is an update."""
     start = time.perf_counter()
     rng = np.random.default_rng([settings.seed, 1])  # another stream; `main` has 2 and 3
     D, H, _ = policy.sizes
@@ -339,7 +339,7 @@ def train(settings, policy):
 def report(policy, theta_old, batch, experience):
     """Figures of an update. (compare.py saves all of them, `main` prints some.)"""
     logits, _ = forward(policy, batch.states)
-    returns = experience.env.return_queue  # of the last 100 finished episodes, not discounted
+    returns = experience.env.return_queue  # of the last 100 episodes, not discounted
     entropies = -(np.exp(batch.log_probs_old) * batch.log_probs_old).sum(axis=1)  # [B], in nats
     variance = float(batch.targets.var())
     unexplained = float((batch.targets - batch.values).var())  # by `value`, before the fit
@@ -349,7 +349,7 @@ def report(policy, theta_old, batch, experience):
         "kl": kl(batch.log_probs_old, log_softmax(logits)),  # from the old policy to the new one
         "entropy": float(entropies.mean()),  # log K if undecided, 0 if certain
         "step_norm": float(np.linalg.norm(policy.theta - theta_old)),  # how far theta has moved
-        "explained_variance": 1 - unexplained / variance if variance > 0 else 0.0,
+        "explained_variance": 1 - unexplained / variance if variance > 0 else 0.0,  # 1: all
     }
 
 
@@ -407,7 +407,7 @@ def main():
 
 if __name__ == "__main__":
     try:
-        with np.errstate(all="ignore"):  # `train` stops if parameters or KL are not finite
+        with np.errstate(all="ignore"):  # no warnings: `train` stops if theta or KL is not finite
             main()
     except FloatingPointError as error:
         raise SystemExit(str(error))  # a line and exit status 1

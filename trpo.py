@@ -1,20 +1,21 @@
 """Trust region policy optimization (TRPO): improve the policy, but change its probabilities little.
 
-REINFORCE plays a batch of steps with a policy pi(a|s; theta), and moves its weights theta along the
-mean of return * gradient of log pi (as usual, without Sutton & Barto's factor gamma^t). The return
-from s on is r_0 + gamma r_1 + gamma^2 r_2 + ..., V(s) its expectation. Less noisy than a return is
-Â, an estimate of the advantage A(s, a): of how much more than V(s) is expected if a is first.
+REINFORCE plays a batch of steps with a policy pi(a|s; theta), and moves the weights theta along the
+mean of return * gradient of log pi (without gamma^t, as usual). The return from s on is r_0 + gamma
+r_1 + gamma^2 r_2 + ...; V(s) is its expectation. In place of the return one can take Â, an estimate
+of the advantage A(s, a): of the expected return if a comes first, and then pi, minus V(s). This is
+less noisy, but the same on average, as sum_a pi * gradient of log pi = gradient of sum_a pi = 0.
 
-But how far? TRPO asks how good another policy pi would be. This is estimated by the mean of ratio *
-Â. ratio is pi(a|s) / pi_old(a|s), where pi_old is the policy that has played.
-- At theta_old, its gradient is the mean of Â * gradient of log pi, as the gradient of the ratio is
-  (gradient of pi) / pi_old, which is the gradient of log pi there.
-- Elsewhere, the ratio makes up for whose actions they are: sum_a pi_old * ratio * A = sum_a pi * A.
-- Nothing makes up for the states and Â: pi would visit other states, and play on differently. So
-  this is to be trusted only while pi acts nearly as pi_old does, as the KL tells. TRPO will
+But how far? How much better pi is than pi_old, which has played, is estimated by the surrogate
+L(theta): the mean over the batch of ratio * Â, where ratio is pi(a|s) / pi_old(a|s).
+- At theta_old, its gradient is REINFORCE's, with Â: (gradient of pi) / pi_old = gradient of log pi.
+- The ratio makes up for pi_old's choice of actions: sum_a pi_old * ratio * A = sum_a pi * A.
+- Nothing makes up for the states: pi would visit others than pi_old. So the surrogate is to be
+  trusted only while pi acts nearly as pi_old does. (The KL, Kullback-Leibler divergence, tells how
+  nearly; a distance in theta does not.) So TRPO will
 
-    maximize    L(theta)  =  mean over the batch of  ratio * Â
-    subject to  mean over its states of  KL = sum_a pi_old log(pi_old / pi)  <=  delta.
+    maximize    L(theta)
+    subject to  mean over the batch's states of  KL = sum_a pi_old log(pi_old / pi)  <=  delta.
 
     repeat:  play a batch of steps with the policy                          (section 4)
              estimate Â; targets: Â + value(s); normalize Â                 (section 5)
@@ -119,7 +120,7 @@ def backward(network, activations, grad_outputs):
 
 def adam(network, gradient, learning_rate):
     """One step uphill (Kingma & Ba 2015, algorithm 1). m is a mean of recent gradients, v of their
-    squares. So m / sqrt(v) is near 1 or -1 where the gradients agree, near 0 where they do not."""
+    squares. m / sqrt(v) is 1 or -1 if all gradients are equal, near 0 if their signs alternate."""
     network.adam_steps += 1
     network.adam_m = 0.9 * network.adam_m + 0.1 * gradient
     network.adam_v = 0.999 * network.adam_v + 0.001 * gradient**2
@@ -181,19 +182,18 @@ def make_env(settings, num_envs, **options):
 class Experience:
     def __init__(self, settings, rng):
         """Environments side by side, whose episodes go on from batch to batch. Each step is a row.
-        If step 7 ends an episode, it leads to the last state, s8. Vector environments then reset by
-        themselves, here one step late: step 8 ignores its action, and leads to a new first state.
+        If step 7 ends an episode, it leads to the last state, s8, whose value `gae` may need. Then
+        the environment resets by itself: step 8 ignores its action, and leads to a new first state.
             row 7:  s7, action taken,    terminated (by the task) or truncated (by a time limit)
-            row 8:  s8, action ignored,  resetting
-        `gae` uses value(s8), if truncated. Then `collect` drops row 8: its action did nothing."""
+            row 8:  s8, action ignored,  resetting: no real step, `collect` drops it"""
         env = make_env(settings, settings.num_envs)
-        self.env = gym.wrappers.vector.RecordEpisodeStatistics(env)  # see `report`
+        self.env = gym.wrappers.vector.RecordEpisodeStatistics(env)  # keeps the last 100 returns
         self.states, _ = self.env.reset(seed=int(rng.integers(2**31)))  # [N, D]
         self.resetting = np.zeros(settings.num_envs, bool)  # [N], True where the next step resets
 
     def play(self, policy, horizon, rng):
-        """Take T = horizon steps. Returns their columns, states [T, N, D] and five more [T, N], and
-        the states [N, D] to which the last step has led."""
+        """Take T = horizon steps. Return states [T, N, D], actions, rewards, terminated, truncated,
+        resetting [T, N], and where the last step has led: last_states [N, D]."""
         rows = []
         for _ in range(horizon):
             actions = sample_actions(policy, self.states, rng)
@@ -209,12 +209,13 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     """Generalized advantage estimation (Schulman et al. 2016): Â [T, N]. values[t]: value(s_t), for
     t = 0 ... T; s_T is where the last step led. Each step has a temporal-difference (TD) error,
         error_t = r_t + gamma value(s_{t+1}) - value(s_t).
-    If `value` is V, error_t is A(s_t, a_t) on average. A second estimate adds the later errors,
-        error_t + gamma error_{t+1} + gamma^2 error_{t+2} + ...  =  return from s_t on - value(s_t),
-    as the values in between cancel. The first is wrong where `value` is, the second has the noise
-    of all rewards. GAE lies between them (lambda = 0 is the first, lambda = 1 the second):
+    If `value` is V, error_t is A(s_t, a_t) on average. If not, add the errors of later steps:
+        error_t + gamma error_{t+1} + ... + gamma^k error_{t+k}
+        = r_t + gamma r_{t+1} + ... + gamma^k r_{t+k} + gamma^{k+1} value(s_{t+k+1}) - value(s_t)
+    relies less on `value`, as the values in between cancel, but has the noise of more rewards. So
+    GAE lets the errors fade: up to the end of the episode or batch,
         Â_t = error_t + gamma lambda error_{t+1} + (gamma lambda)^2 error_{t+2} + ...
-            = error_t + gamma lambda Â_{t+1},   up to the end of the episode or batch."""
+            = error_t + gamma lambda Â_{t+1}."""
     # Terminated: nothing more is earned. Truncated: `value` says what would have been earned.
     next_values = np.where(terminated, 0, values[1:])  # [T, N]
     td_errors = rewards + gamma * next_values - values[:-1]
@@ -234,15 +235,14 @@ def collect(experience, policy, value, settings, rng):
     outputs, _ = forward(value, all_states)  # [T + 1, N, 1]
     values = outputs[..., 0]
     advantages = gae(rewards, values, terminated, truncated, settings.gamma, settings.gae_lambda)
-    targets = advantages + values[:-1]  # Â + value(s) estimates the return from s on
+    targets = advantages + values[:-1]  # return from s on, estimated; Â not yet normalized
     real = ~resetting  # [T, N]; as an index it takes the entries that are True: [T, N] to [B]
     batch = SimpleNamespace()
     batch.states = all_states[:-1][real]  # [B, D]
     batch.actions = actions[real]
     batch.values = values[:-1][real]  # only for `report`
     batch.targets = targets[real]
-    # Normalize Â (usual, but not derived): mean 0 is nearly one more baseline, and a standard
-    # deviation of 1 gives all batches one scale. `targets`, above, need Â as it was.
+    # Normalize Â (usual, but not derived): nearly one more baseline, and one scale for all batches.
     advantages = advantages[real]
     batch.advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     logits, _ = forward(policy, batch.states)
@@ -251,12 +251,12 @@ def collect(experience, policy, value, settings, rng):
 
 
 def fit_value(value, batch, settings, rate_factor, rng):
-    """Least squares: uphill on -(target - output)^2 / 2, with the derivative target - output."""
+    """Least squares, uphill on -(target - output)^2 / 2. Targets are fixed, in several passes."""
     for _ in range(settings.value_epochs):
         order = rng.permutation(len(batch.targets))
         for chosen in np.array_split(order, settings.minibatches):
             outputs, activations = forward(value, batch.states[chosen])
-            errors = batch.targets[chosen, None] - outputs  # None: a column, [B, 1]
+            errors = batch.targets[chosen, None] - outputs  # [B, 1], the derivative by the outputs
             gradient = backward(value, activations, errors / len(chosen))
             adam(value, gradient, rate_factor * settings.value_learning_rate)
 
@@ -311,8 +311,8 @@ def conjugate_gradient(product, b, iterations):
         alpha = (residual @ direction) / curvature
         x = x + alpha * direction
         residual = residual - alpha * M_direction
-        # The next step, along the next direction v, changes the residual by a multiple of M v. beta
-        # makes direction . M v = 0: residual . direction stays 0, and what it has gained is kept.
+        # A step along new = residual + beta * direction will take a multiple of M new from the
+        # residual. This is not to spoil residual . direction = 0, so M new . direction is to be 0.
         beta = -(residual @ M_direction) / curvature
         direction = residual + beta * direction
     return x
@@ -337,8 +337,8 @@ def line_search(policy, full_step, batch, settings):
     return {"surrogate_gain": 0.0, "backtracks": settings.max_backtracks}
 
 
-def update_policy(policy, batch, settings, rate_factor, rng):  # (rate_factor and rng: unused here)
-    """The step c x, with damping, and then the line search."""
+def update_policy(policy, batch, settings, rate_factor, rng):
+    """The step c x, damped, then the line search. (rate_factor, rng: only for vpg.py, ppo.py.)"""
     _, activations = forward(policy, batch.states)
     # The gradient of a ratio is ratio * gradient of log pi, and at theta_old every ratio is 1.
     g = policy_gradient(policy, activations, batch.log_probs_old, batch.actions, batch.advantages)
@@ -351,7 +351,7 @@ def update_policy(policy, batch, settings, rate_factor, rng):  # (rate_factor an
     curvature = x @ damped_product(x)
     if curvature <= 0:  # no gradient, no change
         return {"surrogate_gain": 0.0, "backtracks": 0}
-    full_step = np.sqrt(2 * settings.delta / curvature) * x  # the same at any scale of Â
+    full_step = np.sqrt(2 * settings.delta / curvature) * x  # Â doubled: x doubled, root halved
     return line_search(policy, full_step, batch, settings)
 
 
@@ -364,7 +364,7 @@ def initial_policy(settings):
 
 
 def train(settings, policy):
-    """Train `policy`, in place. A generator: an update is made when its figures are asked for."""
+    """Train `policy`, in place. A generator: each turn of `for row in train(...)` is an update."""
     start = time.perf_counter()
     rng = np.random.default_rng([settings.seed, 1])  # another stream; `main` has 2 and 3
     D, H, _ = policy.sizes
@@ -389,7 +389,7 @@ def train(settings, policy):
 def report(policy, theta_old, batch, experience):
     """Figures of an update. (compare.py saves all of them, `main` prints some.)"""
     logits, _ = forward(policy, batch.states)
-    returns = experience.env.return_queue  # of the last 100 finished episodes, not discounted
+    returns = experience.env.return_queue  # of the last 100 episodes, not discounted
     entropies = -(np.exp(batch.log_probs_old) * batch.log_probs_old).sum(axis=1)  # [B], in nats
     variance = float(batch.targets.var())
     unexplained = float((batch.targets - batch.values).var())  # by `value`, before the fit
@@ -399,7 +399,7 @@ def report(policy, theta_old, batch, experience):
         "kl": kl(batch.log_probs_old, log_softmax(logits)),  # from the old policy to the new one
         "entropy": float(entropies.mean()),  # log K if undecided, 0 if certain
         "step_norm": float(np.linalg.norm(policy.theta - theta_old)),  # how far theta has moved
-        "explained_variance": 1 - unexplained / variance if variance > 0 else 0.0,
+        "explained_variance": 1 - unexplained / variance if variance > 0 else 0.0,  # 1: all
     }
 
 
@@ -457,7 +457,7 @@ def main():
 
 if __name__ == "__main__":
     try:
-        with np.errstate(all="ignore"):  # `train` stops if parameters or KL are not finite
+        with np.errstate(all="ignore"):  # no warnings: `train` stops if theta or KL is not finite
             main()
     except FloatingPointError as error:
         raise SystemExit(str(error))  # a line and exit status 1

@@ -13,14 +13,14 @@ noisy, but keeps its expectation: sum_a pi * V * gradient of log pi = V * sum_a 
 as sum_a pi = 1. VPG leaves gamma^t out, as is usual: with it, late steps would hardly count. (So it
 does not quite follow that gradient.) The advantage A(s, a) is how much more than V(s) is earned, on
 average, if a comes first. Return - V(s) is one estimate of it; VPG uses another, Â. For this, a
-second network, `value`, learns V. It is not only the baseline, but also takes the place of rewards
-far ahead. So Â is less noisy, but biased where `value` is wrong.
+second network, `value`, learns V. It is the baseline, and in Â also takes the place of rewards far
+ahead (see `gae`). So Â is less noisy than the return, but biased where `value` is wrong.
 
     repeat:  play a batch of steps with the policy                    (section 4)
              estimate Â; targets: Â + value(s); normalize Â           (section 5)
              g = mean of Â * gradient of log pi; change theta by Adam (section 6)
              fit `value` to its targets, estimates of the return      (section 5)
-Theta changes once per batch: then the actions in the batch are no longer those of the policy.
+g needs actions drawn from the policy as it is. So after one change of theta, a new batch is played.
 Run:  python vpg.py    Options:  python vpg.py --help
 """
 
@@ -115,7 +115,7 @@ def backward(network, activations, grad_outputs):
 
 def adam(network, gradient, learning_rate):
     """One step uphill (Kingma & Ba 2015, algorithm 1). m is a mean of recent gradients, v of their
-    squares. So m / sqrt(v) is near 1 or -1 where the gradients agree, near 0 where they do not."""
+    squares. m / sqrt(v) is 1 or -1 if all gradients are equal, near 0 if their signs alternate."""
     network.adam_steps += 1
     network.adam_m = 0.9 * network.adam_m + 0.1 * gradient
     network.adam_v = 0.999 * network.adam_v + 0.001 * gradient**2
@@ -177,19 +177,18 @@ def make_env(settings, num_envs, **options):
 class Experience:
     def __init__(self, settings, rng):
         """Environments side by side, whose episodes go on from batch to batch. Each step is a row.
-        If step 7 ends an episode, it leads to the last state, s8. Vector environments then reset by
-        themselves, here one step late: step 8 ignores its action, and leads to a new first state.
+        If step 7 ends an episode, it leads to the last state, s8, whose value `gae` may need. Then
+        the environment resets by itself: step 8 ignores its action, and leads to a new first state.
             row 7:  s7, action taken,    terminated (by the task) or truncated (by a time limit)
-            row 8:  s8, action ignored,  resetting
-        `gae` uses value(s8), if truncated. Then `collect` drops row 8: its action did nothing."""
+            row 8:  s8, action ignored,  resetting: no real step, `collect` drops it"""
         env = make_env(settings, settings.num_envs)
-        self.env = gym.wrappers.vector.RecordEpisodeStatistics(env)  # see `report`
+        self.env = gym.wrappers.vector.RecordEpisodeStatistics(env)  # keeps the last 100 returns
         self.states, _ = self.env.reset(seed=int(rng.integers(2**31)))  # [N, D]
         self.resetting = np.zeros(settings.num_envs, bool)  # [N], True where the next step resets
 
     def play(self, policy, horizon, rng):
-        """Take T = horizon steps. Returns their columns, states [T, N, D] and five more [T, N], and
-        the states [N, D] to which the last step has led."""
+        """Take T = horizon steps. Return states [T, N, D], actions, rewards, terminated, truncated,
+        resetting [T, N], and where the last step has led: last_states [N, D]."""
         rows = []
         for _ in range(horizon):
             actions = sample_actions(policy, self.states, rng)
@@ -205,12 +204,13 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     """Generalized advantage estimation (Schulman et al. 2016): Â [T, N]. values[t]: value(s_t), for
     t = 0 ... T; s_T is where the last step led. Each step has a temporal-difference (TD) error,
         error_t = r_t + gamma value(s_{t+1}) - value(s_t).
-    If `value` is V, error_t is A(s_t, a_t) on average. A second estimate adds the later errors,
-        error_t + gamma error_{t+1} + gamma^2 error_{t+2} + ...  =  return from s_t on - value(s_t),
-    as the values in between cancel. The first is wrong where `value` is, the second has the noise
-    of all rewards. GAE lies between them (lambda = 0 is the first, lambda = 1 the second):
+    If `value` is V, error_t is A(s_t, a_t) on average. If not, add the errors of later steps:
+        error_t + gamma error_{t+1} + ... + gamma^k error_{t+k}
+        = r_t + gamma r_{t+1} + ... + gamma^k r_{t+k} + gamma^{k+1} value(s_{t+k+1}) - value(s_t)
+    relies less on `value`, as the values in between cancel, but has the noise of more rewards. So
+    GAE lets the errors fade: up to the end of the episode or batch,
         Â_t = error_t + gamma lambda error_{t+1} + (gamma lambda)^2 error_{t+2} + ...
-            = error_t + gamma lambda Â_{t+1},   up to the end of the episode or batch."""
+            = error_t + gamma lambda Â_{t+1}."""
     # Terminated: nothing more is earned. Truncated: `value` says what would have been earned.
     next_values = np.where(terminated, 0, values[1:])  # [T, N]
     td_errors = rewards + gamma * next_values - values[:-1]
@@ -230,15 +230,14 @@ def collect(experience, policy, value, settings, rng):
     outputs, _ = forward(value, all_states)  # [T + 1, N, 1]
     values = outputs[..., 0]
     advantages = gae(rewards, values, terminated, truncated, settings.gamma, settings.gae_lambda)
-    targets = advantages + values[:-1]  # Â + value(s) estimates the return from s on
+    targets = advantages + values[:-1]  # return from s on, estimated; Â not yet normalized
     real = ~resetting  # [T, N]; as an index it takes the entries that are True: [T, N] to [B]
     batch = SimpleNamespace()
     batch.states = all_states[:-1][real]  # [B, D]
     batch.actions = actions[real]
     batch.values = values[:-1][real]  # only for `report`
     batch.targets = targets[real]
-    # Normalize Â (usual, but not derived): mean 0 is nearly one more baseline, and a standard
-    # deviation of 1 gives all batches one scale. `targets`, above, need Â as it was.
+    # Normalize Â (usual, but not derived): nearly one more baseline, and one scale for all batches.
     advantages = advantages[real]
     batch.advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     logits, _ = forward(policy, batch.states)
@@ -247,22 +246,22 @@ def collect(experience, policy, value, settings, rng):
 
 
 def fit_value(value, batch, settings, rate_factor, rng):
-    """Least squares: uphill on -(target - output)^2 / 2, with the derivative target - output."""
+    """Least squares, uphill on -(target - output)^2 / 2. Targets are fixed, in several passes."""
     for _ in range(settings.value_epochs):
         order = rng.permutation(len(batch.targets))
         for chosen in np.array_split(order, settings.minibatches):
             outputs, activations = forward(value, batch.states[chosen])
-            errors = batch.targets[chosen, None] - outputs  # None: a column, [B, 1]
+            errors = batch.targets[chosen, None] - outputs  # [B, 1], the derivative by the outputs
             gradient = backward(value, activations, errors / len(chosen))
             adam(value, gradient, rate_factor * settings.value_learning_rate)
 
 
 # --- 6. The update --------------------------------------------------------------------------------
 def update_policy(policy, batch, settings, rate_factor, rng):
-    """A step of Adam along g = mean of Â * gradient of log pi. (rng: unused here, see ppo.py.)"""
-    logits, activations = forward(policy, batch.states)
-    log_probs = log_softmax(logits)
-    g = policy_gradient(policy, activations, log_probs, batch.actions, batch.advantages)
+    """A step of Adam with g = mean of Â * gradient of log pi. (Only ppo.py needs rng.)"""
+    _, activations = forward(policy, batch.states)
+    # theta has not changed since the batch was played, so log pi is still log_probs_old.
+    g = policy_gradient(policy, activations, batch.log_probs_old, batch.actions, batch.advantages)
     adam(policy, g, rate_factor * settings.learning_rate)
     return {}  # no figures of its own
 
@@ -276,7 +275,7 @@ def initial_policy(settings):
 
 
 def train(settings, policy):
-    """Train `policy`, in place. A generator: an update is made when its figures are asked for."""
+    """Train `policy`, in place. A generator: each turn of `for row in train(...)` is an update."""
     start = time.perf_counter()
     rng = np.random.default_rng([settings.seed, 1])  # another stream; `main` has 2 and 3
     D, H, _ = policy.sizes
@@ -301,7 +300,7 @@ def train(settings, policy):
 def report(policy, theta_old, batch, experience):
     """Figures of an update. (compare.py saves all of them, `main` prints some.)"""
     logits, _ = forward(policy, batch.states)
-    returns = experience.env.return_queue  # of the last 100 finished episodes, not discounted
+    returns = experience.env.return_queue  # of the last 100 episodes, not discounted
     entropies = -(np.exp(batch.log_probs_old) * batch.log_probs_old).sum(axis=1)  # [B], in nats
     variance = float(batch.targets.var())
     unexplained = float((batch.targets - batch.values).var())  # by `value`, before the fit
@@ -311,7 +310,7 @@ def report(policy, theta_old, batch, experience):
         "kl": kl(batch.log_probs_old, log_softmax(logits)),  # from the old policy to the new one
         "entropy": float(entropies.mean()),  # log K if undecided, 0 if certain
         "step_norm": float(np.linalg.norm(policy.theta - theta_old)),  # how far theta has moved
-        "explained_variance": 1 - unexplained / variance if variance > 0 else 0.0,
+        "explained_variance": 1 - unexplained / variance if variance > 0 else 0.0,  # 1: all
     }
 
 
@@ -369,7 +368,7 @@ def main():
 
 if __name__ == "__main__":
     try:
-        with np.errstate(all="ignore"):  # `train` stops if parameters or KL are not finite
+        with np.errstate(all="ignore"):  # no warnings: `train` stops if theta or KL is not finite
             main()
     except FloatingPointError as error:
         raise SystemExit(str(error))  # a line and exit status 1
