@@ -94,12 +94,11 @@ def read_variant(text, options):
     if script not in scripts:
         refuse(f"no script {script!r} beside compare.py; there are: {', '.join(sorted(scripts))}")
     module = import_module(script)
-    words = [*options.shared, *typed]
     try:
         with redirect_stderr(StringIO()) as printed:
-            settings = module.parse(words)
+            settings = module.parse([*options.shared, *typed])  # the last one counts
     except SystemExit:  # the script has refused them: a usage, then "error: ..."
-        refuse(f"{' '.join([script, *words])!r}: {printed.getvalue().split('error: ')[-1]}")
+        refuse(f"{' '.join([text, *options.shared])!r}: {printed.getvalue().split('error: ')[-1]}")
     if settings.watch:
         refuse(f"{text!r}: --watch is for a single run, of the script itself")
     spec = module.make_env(settings, 1).spec  # its id, and the return that counts as solved
@@ -118,7 +117,7 @@ def read_variants(options, rows):
             refuse(f"{text!r} is in the .csv file already")
         first = variants.setdefault(settings, labels)
         if first is not labels:
-            print(f"{text!r} is the same as {first['variant']!r}", file=sys.stderr)
+            print(f"{text!r} is left out: it is {first['variant']!r} again", file=sys.stderr)
     if len(given) + len(variants) > len(COLORS):
         refuse(f"a picture has room for {len(COLORS)} variants, not {len(given) + len(variants)}")
     return list(variants.values())
@@ -246,13 +245,12 @@ def solved_after(run):
 
 
 def has_collapsed(run):
-    """Whether a run ever lost half of its gain (best return so far - first one). A gain must be at
-    least a fifth of the way from the first return to the threshold; a smaller one is noise."""
+    """Whether a run lost half of its gain, if this was a fifth of the way to the threshold."""
     threshold = float(run[0]["threshold"] or "inf")
     returns = column(run, "episode_return")[column(run, "episodes") >= 100]
     if len(returns) == 0:
         return False
-    gain = np.maximum.accumulate(returns) - returns[0]
+    gain = np.maximum.accumulate(returns) - returns[0]  # the best mean so far - the first one
     is_enough = (gain > 0) & (gain >= abs(threshold - returns[0]) / 5)
     return bool((is_enough & (returns - returns[0] <= gain / 2)).any())
 
@@ -298,6 +296,8 @@ def table(rows):
     lines = []
     for name, variant_rows in group(rows, "variant").items():
         summary = summarize(variant_rows)
+        failed = [row for row in variant_rows if row["error"]]
+        name += f" ({len(failed)} failed)" if failed else ""
         if not lines:
             lines.append(layout.format("variant", *summary))  # the headings
         if len(name) > 17:
@@ -310,7 +310,7 @@ def table(rows):
 # --- 5. Picture -----------------------------------------------------------------------------------
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255"]
 LINES = ["-", "--", "-.", ":"]
-SMALL = 1e-7  # a KL up to this is lost in float32's rounding, and is not drawn
+SMALL = 1e-7  # where the axis of KL begins: what is less is lost in rounding (to float32)
 
 
 def draw(rows):
@@ -334,7 +334,7 @@ def draw_curve(axis, rows, name, style):
     numbers = column(rows, name)
     steps = column(rows, "steps") / 1000
     updates = column(rows, "update")
-    windows = (updates - 1) * 40 // max(updates)  # from 0 to 39
+    windows = (updates - 1) * 40 // max(updates)  # 0, 1, ... up to 39
     finite = np.isfinite(numbers)  # a return is nan if no episode has ended
     points = []
     for window in np.unique(windows[finite]):
@@ -359,9 +359,9 @@ def label_axes(panels, rows):
 
 
 def mark_slice(axis, step_norms, kl):
-    """Mark updates, of all variants, with nearly equal step_norm, and the range of their KL. If it is
-    wide, a limit on step_norm does not limit the change of behavior. So TRPO limits the KL."""
-    axis.set_title("Are equal changes of weights equal in behavior?")
+    """Mark updates, of all variants, of nearly equal step_norm, and the range of their KL. It also
+    depends on the direction of a step, and on where it starts. So TRPO limits the KL itself."""
+    axis.set_title("Do equal changes of weights change behavior equally?")
     axis.set(xlim=(1e-4, max(10, max(step_norms))), xscale="log", xlabel="step_norm: ‖Δθ‖")
     visible = kl > SMALL
     if visible.any():  # else there is nothing to mark

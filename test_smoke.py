@@ -428,9 +428,9 @@ def test_play_and_collect(script):
     experience = script.Experience(settings, rng)
     policy = Example(script).policy
     parts = [experience.play(policy, horizon, rng) for horizon in (6, 12)]
-    columns = [np.concatenate(column) for column in zip(*[columns for columns, _ in parts])]
+    *columns, last_states = [np.concatenate(column) for column in zip(*parts)]
     states, actions, rewards, terminated, truncated, resetting = columns
-    states = np.concatenate([states, [parts[1][1]]]).astype(float)
+    states = np.concatenate([states, last_states[None, -8:]]).astype(float)
     time, length, _ = np.moveaxis(states, 2, 0)
     over = time == length
     expect("time", time[1:], np.where(resetting, 0, time[:-1] + 1))
@@ -441,7 +441,7 @@ def test_play_and_collect(script):
     ends = np.argwhere(over[1:])
     returns = [rewards[t + 1 - int(length[t, n]) : t + 1, n].sum() for t, n in ends]
     expect("return_queue", np.array(experience.env.return_queue), returns)
-    experience.play = lambda *_: (columns, parts[1][1])
+    experience.play = lambda *_: [*columns, last_states[-8:]]
     value = script.Network((3, 5, 1), 1.0, rng)
     batch = script.collect(experience, policy, value, settings, rng)
     real = ~resetting

@@ -1,20 +1,18 @@
 """Trust region policy optimization (TRPO): improve the policy, but change its probabilities little.
 
-REINFORCE plays a batch of steps with a policy pi(a|s; theta), and moves the weights theta along the
-mean of return * gradient of log pi (without gamma^t, as usual). The return from s on is r_0 + gamma
-r_1 + gamma^2 r_2 + ...; V(s) is its expectation. In place of the return one can take Â, an estimate
-of the advantage A(s, a): of the expected return if a comes first, and then pi, minus V(s). This is
-less noisy, but the same on average, as sum_a pi * gradient of log pi = gradient of sum_a pi = 0.
+pi_old(a|s), a neural network with weights theta_old, has played a batch of steps. V(s) is the mean
+of its return from s on, r_0 + gamma r_1 + gamma^2 r_2 + ... The advantage A(s, a) is how much more
+than V(s) it earns on average, if a comes first: the mean of r + gamma V(next s) - V(s) after a.
 
-But how far? How much better pi is than pi_old, which has played, is estimated by the surrogate
-L(theta): the mean over the batch of ratio * Â, where ratio is pi(a|s) / pi_old(a|s).
-- At theta_old, its gradient is REINFORCE's, with Â: (gradient of pi) / pi_old = gradient of log pi.
-- The ratio makes up for pi_old's choice of actions: sum_a pi_old * ratio * A = sum_a pi * A.
-- Nothing makes up for the states: pi would visit others than pi_old. So the surrogate is to be
-  trusted only while pi acts nearly as pi_old does. (The KL, Kullback-Leibler divergence, tells how
-  nearly; a distance in theta does not.) So TRPO will
+Let another policy pi play. In the sum of these differences, all V but the first cancel:
+    (r_0 + gamma V(s_1) - V(s_0)) + gamma (r_1 + gamma V(s_2) - V(s_1)) + ...  =  return - V(s_0)
+So what pi earns more than pi_old is a sum of advantages. Each state adds to it, on average,
+    sum_a pi(a|s) A(s, a)  =  sum_a pi_old(a|s) * ratio * A(s, a),    ratio = pi(a|s) / pi_old(a|s),
+which the batch's mean of ratio * Â estimates, if Â estimates A: pi_old drew these actions. But the
+states, too, are those of pi_old. They are nearly those of pi only while pi acts nearly alike.
+So TRPO will, measuring how alike by the KL (Kullback-Leibler divergence),
 
-    maximize    L(theta)
+    maximize    the surrogate L(theta): the batch's mean of ratio * Â  (gamma^t left out, as usual)
     subject to  mean over the batch's states of  KL = sum_a pi_old log(pi_old / pi)  <=  delta.
 
     repeat:  play a batch of steps with the policy                          (section 4)
@@ -120,7 +118,7 @@ def backward(network, activations, grad_outputs):
 
 def adam(network, gradient, learning_rate):
     """One step uphill (Kingma & Ba 2015, algorithm 1). m is a mean of recent gradients, v of their
-    squares. m / sqrt(v) is 1 or -1 if all gradients are equal, near 0 if their signs alternate."""
+    squares. So m / sqrt(v), 1 or -1 if all are equal, near 0 if signs alternate, has no scale."""
     network.adam_steps += 1
     network.adam_m = 0.9 * network.adam_m + 0.1 * gradient
     network.adam_v = 0.999 * network.adam_v + 0.001 * gradient**2
@@ -132,9 +130,8 @@ def adam(network, gradient, learning_rate):
 
 # --- 3. Policy ------------------------------------------------------------------------------------
 def log_softmax(logits):
-    """log pi [B, K], from the logits z, as pi(a|s) = exp(z_a) / sum_j exp(z_j)."""
-    # logaddexp(x, y) is log(exp(x) + exp(y)), even if exp(x) is too large for a number.
-    return logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+    """log pi(a|s) = z_a - log sum_j exp(z_j)  [B, K], as pi(a|s) = exp(z_a) / sum_j exp(z_j)."""
+    return logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)  # even if exp would overflow
 
 
 def sample_actions(policy, states, rng):
@@ -201,19 +198,20 @@ class Experience:
             rows.append((self.states, actions, rewards, terminated, truncated, self.resetting))
             self.states = next_states
             self.resetting = terminated | truncated
-        return [np.array(column) for column in zip(*rows)], self.states  # zip: rows to columns
+        columns = [np.array(column) for column in zip(*rows)]  # T rows of 6 to 6 columns of T
+        return [*columns, self.states]
 
 
 # --- 5. Values and advantages ---------------------------------------------------------------------
 def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
-    """Generalized advantage estimation (Schulman et al. 2016): Â [T, N]. values[t]: value(s_t), for
-    t = 0 ... T; s_T is where the last step led. Each step has a temporal-difference (TD) error,
-        error_t = r_t + gamma value(s_{t+1}) - value(s_t).
-    If `value` is V, error_t is A(s_t, a_t) on average. If not, add the errors of later steps:
-        error_t + gamma error_{t+1} + ... + gamma^k error_{t+k}
-        = r_t + gamma r_{t+1} + ... + gamma^k r_{t+k} + gamma^{k+1} value(s_{t+k+1}) - value(s_t)
-    relies less on `value`, as the values in between cancel, but has the noise of more rewards. So
-    GAE lets the errors fade: up to the end of the episode or batch,
+    """Generalized advantage estimation (Schulman et al. 2016): Â [T, N], from values [T + 1, N]
+    (their last row: where the last step led). With n rewards, an estimate of A(s_t, a_t) is
+        r_t + gamma r_{t+1} + ... + gamma^{n-1} r_{t+n-1} + gamma^n value(s_{t+n}) - value(s_t)
+        = error_t + gamma error_{t+1} + ... + gamma^{n-1} error_{t+n-1}  (values between cancel),
+    with the temporal-difference (TD) errors error_t = r_t + gamma value(s_{t+1}) - value(s_t). The
+    larger n, the less a wrong `value` matters, but the more noise comes in. GAE is a mean over all
+    n, with weights (1 - lambda) lambda^{n-1}. error_{t+k} is there if n > k, and the weights of
+    these n add up to lambda^k. Hence, up to the end of the episode or batch,
         Â_t = error_t + gamma lambda error_{t+1} + (gamma lambda)^2 error_{t+2} + ...
             = error_t + gamma lambda Â_{t+1}."""
     # Terminated: nothing more is earned. Truncated: `value` says what would have been earned.
@@ -229,20 +227,20 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
 
 def collect(experience, policy, value, settings, rng):
     """Play, and return the batch: arrays with one row for each real step, [B] or [B, ...]."""
-    columns, last_states = experience.play(policy, settings.horizon, rng)
-    states, actions, rewards, terminated, truncated, resetting = columns
+    played = experience.play(policy, settings.horizon, rng)
+    states, actions, rewards, terminated, truncated, resetting, last_states = played
     all_states = np.concatenate([states, [last_states]], dtype=np.float32)  # [T + 1, N, D]
     outputs, _ = forward(value, all_states)  # [T + 1, N, 1]
     values = outputs[..., 0]
     advantages = gae(rewards, values, terminated, truncated, settings.gamma, settings.gae_lambda)
-    targets = advantages + values[:-1]  # return from s on, estimated; Â not yet normalized
+    targets = advantages + values[:-1]  # Â + value(s) estimates the return from s on
     real = ~resetting  # [T, N]; as an index it takes the entries that are True: [T, N] to [B]
     batch = SimpleNamespace()
     batch.states = all_states[:-1][real]  # [B, D]
     batch.actions = actions[real]
     batch.values = values[:-1][real]  # only for `report`
     batch.targets = targets[real]
-    # Normalize Â (usual, but not derived): nearly one more baseline, and one scale for all batches.
+    # Normalize Â (usual, not derived): nearly one more baseline, and equal weight in Adam's means.
     advantages = advantages[real]
     batch.advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     logits, _ = forward(policy, batch.states)
@@ -251,7 +249,7 @@ def collect(experience, policy, value, settings, rng):
 
 
 def fit_value(value, batch, settings, rate_factor, rng):
-    """Least squares, uphill on -(target - output)^2 / 2. Targets are fixed, in several passes."""
+    """Least squares: uphill on -(target - output)^2 / 2, several times (the targets stay fixed)."""
     for _ in range(settings.value_epochs):
         order = rng.permutation(len(batch.targets))
         for chosen in np.array_split(order, settings.minibatches):
@@ -311,8 +309,9 @@ def conjugate_gradient(product, b, iterations):
         alpha = (residual @ direction) / curvature
         x = x + alpha * direction
         residual = residual - alpha * M_direction
-        # A step along new = residual + beta * direction will take a multiple of M new from the
-        # residual. This is not to spoil residual . direction = 0, so M new . direction is to be 0.
+        # Next, go along d = residual + beta * direction. A step along it takes a multiple of M d
+        # from the residual. To keep residual . direction = 0, let direction . M d = 0. (Then all
+        # earlier directions are safe as well: a theorem.)
         beta = -(residual @ M_direction) / curvature
         direction = residual + beta * direction
     return x
@@ -399,7 +398,7 @@ def report(policy, theta_old, batch, experience):
         "kl": kl(batch.log_probs_old, log_softmax(logits)),  # from the old policy to the new one
         "entropy": float(entropies.mean()),  # log K if undecided, 0 if certain
         "step_norm": float(np.linalg.norm(policy.theta - theta_old)),  # how far theta has moved
-        "explained_variance": 1 - unexplained / variance if variance > 0 else 0.0,  # 1: all
+        "explained_variance": 1 - unexplained / variance if variance > 0 else 0.0,
     }
 
 

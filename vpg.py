@@ -8,19 +8,21 @@ REINFORCE with a baseline (Sutton & Barto 2018, section 13.4) moves theta by a m
 
     gamma^t * (return from s on - V(s)) * gradient of log pi(a|s; theta),
 
-which estimates the gradient of the expected return, up to a factor. Subtracting V(s) makes it less
-noisy, but keeps its expectation: sum_a pi * V * gradient of log pi = V * sum_a gradient of pi = 0,
-as sum_a pi = 1. VPG leaves gamma^t out, as is usual: with it, late steps would hardly count. (So it
-does not quite follow that gradient.) The advantage A(s, a) is how much more than V(s) is earned, on
-average, if a comes first. Return - V(s) is one estimate of it; VPG uses another, Â. For this, a
-second network, `value`, learns V. It is the baseline, and in Â also takes the place of rewards far
-ahead (see `gae`). So Â is less noisy than the return, but biased where `value` is wrong.
+which estimates the gradient of the expected return, up to a factor (t: steps since the episode
+began). Subtracting V(s) usually makes it less noisy. Its expectation stays: as pi * gradient of log
+pi = gradient of pi, sum_a pi * V(s) * gradient of log pi = V(s) * gradient of sum_a pi = 0. gamma^t
+is left out by VPG, as is usual: late steps would hardly count. (So it does not quite follow that
+gradient.) The advantage A(s, a) is the expected return if a comes first, then pi, minus V(s).
+Return - V(s) is one estimate of it. VPG uses another, Â (see `gae`). For this, a second network,
+`value`, learns V. As the baseline it does no harm where it is wrong, on average. But in Â it also
+takes the place of rewards far ahead. So Â is less noisy, but biased where `value` is wrong.
 
     repeat:  play a batch of steps with the policy                    (section 4)
              estimate Â; targets: Â + value(s); normalize Â           (section 5)
              g = mean of Â * gradient of log pi; change theta by Adam (section 6)
              fit `value` to its targets, estimates of the return      (section 5)
-g needs actions drawn from the policy as it is. So after one change of theta, a new batch is played.
+g is a mean over actions of the policy as it is. After one change of theta, a new batch is played.
+(`value` may take several steps with a batch: its targets are fixed.)
 Run:  python vpg.py    Options:  python vpg.py --help
 """
 
@@ -115,7 +117,7 @@ def backward(network, activations, grad_outputs):
 
 def adam(network, gradient, learning_rate):
     """One step uphill (Kingma & Ba 2015, algorithm 1). m is a mean of recent gradients, v of their
-    squares. m / sqrt(v) is 1 or -1 if all gradients are equal, near 0 if their signs alternate."""
+    squares. So m / sqrt(v), 1 or -1 if all are equal, near 0 if signs alternate, has no scale."""
     network.adam_steps += 1
     network.adam_m = 0.9 * network.adam_m + 0.1 * gradient
     network.adam_v = 0.999 * network.adam_v + 0.001 * gradient**2
@@ -127,9 +129,8 @@ def adam(network, gradient, learning_rate):
 
 # --- 3. Policy ------------------------------------------------------------------------------------
 def log_softmax(logits):
-    """log pi [B, K], from the logits z, as pi(a|s) = exp(z_a) / sum_j exp(z_j)."""
-    # logaddexp(x, y) is log(exp(x) + exp(y)), even if exp(x) is too large for a number.
-    return logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+    """log pi(a|s) = z_a - log sum_j exp(z_j)  [B, K], as pi(a|s) = exp(z_a) / sum_j exp(z_j)."""
+    return logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)  # even if exp would overflow
 
 
 def sample_actions(policy, states, rng):
@@ -196,19 +197,20 @@ class Experience:
             rows.append((self.states, actions, rewards, terminated, truncated, self.resetting))
             self.states = next_states
             self.resetting = terminated | truncated
-        return [np.array(column) for column in zip(*rows)], self.states  # zip: rows to columns
+        columns = [np.array(column) for column in zip(*rows)]  # T rows of 6 to 6 columns of T
+        return [*columns, self.states]
 
 
 # --- 5. Values and advantages ---------------------------------------------------------------------
 def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
-    """Generalized advantage estimation (Schulman et al. 2016): Â [T, N]. values[t]: value(s_t), for
-    t = 0 ... T; s_T is where the last step led. Each step has a temporal-difference (TD) error,
-        error_t = r_t + gamma value(s_{t+1}) - value(s_t).
-    If `value` is V, error_t is A(s_t, a_t) on average. If not, add the errors of later steps:
-        error_t + gamma error_{t+1} + ... + gamma^k error_{t+k}
-        = r_t + gamma r_{t+1} + ... + gamma^k r_{t+k} + gamma^{k+1} value(s_{t+k+1}) - value(s_t)
-    relies less on `value`, as the values in between cancel, but has the noise of more rewards. So
-    GAE lets the errors fade: up to the end of the episode or batch,
+    """Generalized advantage estimation (Schulman et al. 2016): Â [T, N], from values [T + 1, N]
+    (their last row: where the last step led). With n rewards, an estimate of A(s_t, a_t) is
+        r_t + gamma r_{t+1} + ... + gamma^{n-1} r_{t+n-1} + gamma^n value(s_{t+n}) - value(s_t)
+        = error_t + gamma error_{t+1} + ... + gamma^{n-1} error_{t+n-1}  (values between cancel),
+    with the temporal-difference (TD) errors error_t = r_t + gamma value(s_{t+1}) - value(s_t). The
+    larger n, the less a wrong `value` matters, but the more noise comes in. GAE is a mean over all
+    n, with weights (1 - lambda) lambda^{n-1}. error_{t+k} is there if n > k, and the weights of
+    these n add up to lambda^k. Hence, up to the end of the episode or batch,
         Â_t = error_t + gamma lambda error_{t+1} + (gamma lambda)^2 error_{t+2} + ...
             = error_t + gamma lambda Â_{t+1}."""
     # Terminated: nothing more is earned. Truncated: `value` says what would have been earned.
@@ -224,20 +226,20 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
 
 def collect(experience, policy, value, settings, rng):
     """Play, and return the batch: arrays with one row for each real step, [B] or [B, ...]."""
-    columns, last_states = experience.play(policy, settings.horizon, rng)
-    states, actions, rewards, terminated, truncated, resetting = columns
+    played = experience.play(policy, settings.horizon, rng)
+    states, actions, rewards, terminated, truncated, resetting, last_states = played
     all_states = np.concatenate([states, [last_states]], dtype=np.float32)  # [T + 1, N, D]
     outputs, _ = forward(value, all_states)  # [T + 1, N, 1]
     values = outputs[..., 0]
     advantages = gae(rewards, values, terminated, truncated, settings.gamma, settings.gae_lambda)
-    targets = advantages + values[:-1]  # return from s on, estimated; Â not yet normalized
+    targets = advantages + values[:-1]  # Â + value(s) estimates the return from s on
     real = ~resetting  # [T, N]; as an index it takes the entries that are True: [T, N] to [B]
     batch = SimpleNamespace()
     batch.states = all_states[:-1][real]  # [B, D]
     batch.actions = actions[real]
     batch.values = values[:-1][real]  # only for `report`
     batch.targets = targets[real]
-    # Normalize Â (usual, but not derived): nearly one more baseline, and one scale for all batches.
+    # Normalize Â (usual, not derived): nearly one more baseline, and equal weight in Adam's means.
     advantages = advantages[real]
     batch.advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     logits, _ = forward(policy, batch.states)
@@ -246,7 +248,7 @@ def collect(experience, policy, value, settings, rng):
 
 
 def fit_value(value, batch, settings, rate_factor, rng):
-    """Least squares, uphill on -(target - output)^2 / 2. Targets are fixed, in several passes."""
+    """Least squares: uphill on -(target - output)^2 / 2, several times (the targets stay fixed)."""
     for _ in range(settings.value_epochs):
         order = rng.permutation(len(batch.targets))
         for chosen in np.array_split(order, settings.minibatches):
@@ -259,9 +261,9 @@ def fit_value(value, batch, settings, rate_factor, rng):
 # --- 6. The update --------------------------------------------------------------------------------
 def update_policy(policy, batch, settings, rate_factor, rng):
     """A step of Adam with g = mean of Â * gradient of log pi. (Only ppo.py needs rng.)"""
-    _, activations = forward(policy, batch.states)
-    # theta has not changed since the batch was played, so log pi is still log_probs_old.
-    g = policy_gradient(policy, activations, batch.log_probs_old, batch.actions, batch.advantages)
+    logits, activations = forward(policy, batch.states)
+    log_probs = log_softmax(logits)
+    g = policy_gradient(policy, activations, log_probs, batch.actions, batch.advantages)
     adam(policy, g, rate_factor * settings.learning_rate)
     return {}  # no figures of its own
 
@@ -310,7 +312,7 @@ def report(policy, theta_old, batch, experience):
         "kl": kl(batch.log_probs_old, log_softmax(logits)),  # from the old policy to the new one
         "entropy": float(entropies.mean()),  # log K if undecided, 0 if certain
         "step_norm": float(np.linalg.norm(policy.theta - theta_old)),  # how far theta has moved
-        "explained_variance": 1 - unexplained / variance if variance > 0 else 0.0,  # 1: all
+        "explained_variance": 1 - unexplained / variance if variance > 0 else 0.0,
     }
 
 

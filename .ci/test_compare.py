@@ -169,7 +169,7 @@ def test_failed_runs_count_and_take_nothing_along(text, left, message, lab):
     rows = [row for row in data() if row["variant"] == text]
     assert [bool(row["error"]) for row in rows] == ([False] * (left - 1) + [True]) * 2
     assert rows[-1]["error"] == message
-    assert status == 1 and f"failed: {text}, seed 1: {message}" in errors
+    assert status == 1 and f"failed: {text}, seed 1: {message}" in errors and "(2 failed)" in table
     assert figures(table)[0][0] == "2/2" and figures(table)[1][0] == "0/2"
     assert Path("compare.png").exists() and lab("compare.csv")[1] == table
 
@@ -251,7 +251,7 @@ def test_variants_are_read_as_typed(lab, capsys):
     for given, names in [(words, ["ppo", "ppo --epochs 2"]), ([], ["vpg", "trpo", "ppo"])]:
         variants = compare.read_variants(compare.parse(given), [])
         assert [labels["variant"] for labels in variants] == names
-        assert capsys.readouterr().err.count("is the same as 'ppo'") == len(given[::4])
+        assert capsys.readouterr().err.count("it is 'ppo' again") == len(given[::4])
 
 
 BAD = """nothing > no script 'nothing' beside compare.py; there are: broken, ppo, toy
