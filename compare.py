@@ -361,7 +361,7 @@ def label_axes(panels, rows):
 def mark_slice(axis, step_norms, kl):
     """Mark updates, of all variants, of nearly equal step_norm, and the range of their KL. It also
     depends on the direction of a step, and on where it starts. So TRPO limits the KL itself."""
-    axis.set_title("Do equal changes of weights change behavior equally?")
+    axis.set_title("Do equal steps change behavior equally?")
     axis.set(xlim=(1e-4, max(10, max(step_norms))), xscale="log", xlabel="step_norm: ‖Δθ‖")
     visible = kl > SMALL
     if visible.any():  # else there is nothing to mark
