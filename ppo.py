@@ -6,12 +6,12 @@ than V(s) it earns on average, if a comes first: the mean of r + gamma V(next s)
 
 Let another policy pi play. In the sum of these differences, all V but the first cancel:
     (r_0 + gamma V(s_1) - V(s_0)) + gamma (r_1 + gamma V(s_2) - V(s_1)) + ...  =  return - V(s_0)
-So what pi earns more than pi_old is a sum of advantages. Each state adds to it, on average,
+Averaged over pi's episodes, a difference is A(s, a), and return - V(s_0) is what pi earns more than
+pi_old. So this is a sum of advantages. Each state adds (times gamma^t, left out from here on)
     sum_a pi(a|s) A(s, a)  =  sum_a pi_old(a|s) * ratio * A(s, a),    ratio = pi(a|s) / pi_old(a|s),
 which the batch's mean of ratio * Â estimates, if Â estimates A: pi_old drew these actions. But the
-states, too, are those of pi_old. They are nearly those of pi only while pi acts nearly alike.
-So PPO takes away what a ratio would gain by going far from 1. It maximizes the clipped surrogate
-(equation 7 of the paper; gamma^t is left out, as usual)
+states, too, are those of pi_old, nearly those of pi only while they act alike. So PPO takes away
+what a ratio would gain by going far from 1. It maximizes (equation 7 of the paper)
 
     L(theta)  =  mean over the batch of  min( ratio * Â,  clipped ratio * Â ),    with normalized Â,
 where the clipped ratio is the ratio, but at least 1 - clip and at most 1 + clip:
@@ -215,8 +215,8 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
         = error_t + gamma error_{t+1} + ... + gamma^{n-1} error_{t+n-1}  (values between cancel),
     with the temporal-difference (TD) errors error_t = r_t + gamma value(s_{t+1}) - value(s_t). The
     larger n, the less a wrong `value` matters, but the more noise comes in. GAE is a mean over all
-    n, with weights (1 - lambda) lambda^{n-1}. error_{t+k} is there if n > k, and the weights of
-    these n add up to lambda^k. Hence, up to the end of the episode or batch,
+    n, with weights (1 - lambda) lambda^{n-1} (lambda < 1). error_{t+k} is there if n > k, and the
+    weights of these n add up to lambda^k. Hence, up to the end of the episode or batch,
         Â_t = error_t + gamma lambda error_{t+1} + (gamma lambda)^2 error_{t+2} + ...
             = error_t + gamma lambda Â_{t+1}."""
     # Terminated: nothing more is earned. Truncated: `value` says what would have been earned.
@@ -245,7 +245,8 @@ def collect(experience, policy, value, settings, rng):
     batch.actions = actions[real]
     batch.values = values[:-1][real]  # only for `report`
     batch.targets = targets[real]
-    # Normalize Â (usual, not derived): nearly one more baseline, and equal weight in Adam's means.
+    # Normalize Â (usual, not derived). Mean 0 is nearly a more baseline, but may change signs. With
+    # standard deviation 1, all batches count equally in the means of `adam`, if that moves theta.
     advantages = advantages[real]
     batch.advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     logits, _ = forward(policy, batch.states)

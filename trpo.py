@@ -6,13 +6,13 @@ than V(s) it earns on average, if a comes first: the mean of r + gamma V(next s)
 
 Let another policy pi play. In the sum of these differences, all V but the first cancel:
     (r_0 + gamma V(s_1) - V(s_0)) + gamma (r_1 + gamma V(s_2) - V(s_1)) + ...  =  return - V(s_0)
-So what pi earns more than pi_old is a sum of advantages. Each state adds to it, on average,
+Averaged over pi's episodes, a difference is A(s, a), and return - V(s_0) is what pi earns more than
+pi_old. So this is a sum of advantages. Each state adds (times gamma^t, left out from here on)
     sum_a pi(a|s) A(s, a)  =  sum_a pi_old(a|s) * ratio * A(s, a),    ratio = pi(a|s) / pi_old(a|s),
 which the batch's mean of ratio * Â estimates, if Â estimates A: pi_old drew these actions. But the
-states, too, are those of pi_old. They are nearly those of pi only while pi acts nearly alike.
-So TRPO will, measuring how alike by the KL (Kullback-Leibler divergence),
+states, too, are those of pi_old, nearly those of pi only while they act alike. So TRPO will
 
-    maximize    the surrogate L(theta): the batch's mean of ratio * Â  (gamma^t left out, as usual)
+    maximize    the surrogate L(theta): the batch's mean of ratio * Â
     subject to  mean over the batch's states of  KL = sum_a pi_old log(pi_old / pi)  <=  delta.
 
     repeat:  play a batch of steps with the policy                          (section 4)
@@ -210,8 +210,8 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
         = error_t + gamma error_{t+1} + ... + gamma^{n-1} error_{t+n-1}  (values between cancel),
     with the temporal-difference (TD) errors error_t = r_t + gamma value(s_{t+1}) - value(s_t). The
     larger n, the less a wrong `value` matters, but the more noise comes in. GAE is a mean over all
-    n, with weights (1 - lambda) lambda^{n-1}. error_{t+k} is there if n > k, and the weights of
-    these n add up to lambda^k. Hence, up to the end of the episode or batch,
+    n, with weights (1 - lambda) lambda^{n-1} (lambda < 1). error_{t+k} is there if n > k, and the
+    weights of these n add up to lambda^k. Hence, up to the end of the episode or batch,
         Â_t = error_t + gamma lambda error_{t+1} + (gamma lambda)^2 error_{t+2} + ...
             = error_t + gamma lambda Â_{t+1}."""
     # Terminated: nothing more is earned. Truncated: `value` says what would have been earned.
@@ -240,7 +240,8 @@ def collect(experience, policy, value, settings, rng):
     batch.actions = actions[real]
     batch.values = values[:-1][real]  # only for `report`
     batch.targets = targets[real]
-    # Normalize Â (usual, not derived): nearly one more baseline, and equal weight in Adam's means.
+    # Normalize Â (usual, not derived). Mean 0 is nearly a more baseline, but may change signs. With
+    # standard deviation 1, all batches count equally in the means of `adam`, if that moves theta.
     advantages = advantages[real]
     batch.advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     logits, _ = forward(policy, batch.states)
@@ -284,8 +285,8 @@ def fisher_vector_product(policy, activations, probs, vector):
     """F v [P]. In a state with logits z [K], probabilities p [K] and J = dz/dtheta [K, P]:
     1. KL = const - sum_k p_old_k log p_k, with log p_k = z_k - log sum_j exp(z_j).
     2. So dKL/dz = p - p_old, and by the chain rule dKL/dtheta = J^T (p - p_old).
-    3. By the product rule, the derivative of this has two terms. That of J's change is 0 at
-       theta_old, where p - p_old = 0. That of p's change is J^T dp/dtheta = J^T (dp/dz) J.
+    3. Differentiate J^T (p - p_old) again, by the product rule: (derivative of J^T) (p - p_old), 0
+       at theta_old, as p = p_old there, plus J^T dp/dtheta = J^T (dp/dz) J.
     4. dp_k/dz_j = p_k (1 if j = k, else 0) - p_k p_j. So F = mean of J^T (diag(p) - p p^T) J."""
     d_logits = jacobian_vector_product(policy, activations, vector)  # J v
     mean = (probs * d_logits).sum(axis=1, keepdims=True)  # p^T J v
@@ -309,9 +310,9 @@ def conjugate_gradient(product, b, iterations):
         alpha = (residual @ direction) / curvature
         x = x + alpha * direction
         residual = residual - alpha * M_direction
-        # Next, go along d = residual + beta * direction. A step along it takes a multiple of M d
-        # from the residual. To keep residual . direction = 0, let direction . M d = 0. (Then all
-        # earlier directions are safe as well: a theorem.)
+        # The next step, along d = residual + beta * direction, will take a multiple of M d from the
+        # residual. residual . direction, now 0, stays 0 if direction . M d = 0: this gives beta. (M
+        # is symmetric.) Then the gain along all earlier directions is kept, too: a theorem.
         beta = -(residual @ M_direction) / curvature
         direction = residual + beta * direction
     return x
