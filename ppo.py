@@ -215,8 +215,8 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
         = error_t + gamma error_{t+1} + ... + gamma^{n-1} error_{t+n-1}  (values between cancel),
     with the temporal-difference (TD) errors error_t = r_t + gamma value(s_{t+1}) - value(s_t). The
     larger n, the less a wrong `value` matters, but the more noise comes in. GAE is a mean over all
-    n, with weights (1 - lambda) lambda^{n-1} (lambda < 1). error_{t+k} is there if n > k, and the
-    weights of these n add up to lambda^k. Hence, up to the end of the episode or batch,
+    n with the weights (1 - lambda) lambda^{n-1}, lambda < 1. error_{t+k} occurs if n > k: it weighs
+    (1 - lambda) (lambda^k + lambda^{k+1} + ...) = lambda^k. So, up to the end of episode or batch,
         Â_t = error_t + gamma lambda error_{t+1} + (gamma lambda)^2 error_{t+2} + ...
             = error_t + gamma lambda Â_{t+1}."""
     # Terminated: nothing more is earned. Truncated: `value` says what would have been earned.
@@ -245,7 +245,7 @@ def collect(experience, policy, value, settings, rng):
     batch.actions = actions[real]
     batch.values = values[:-1][real]  # only for `report`
     batch.targets = targets[real]
-    # Normalize Â (usual, not derived). Mean 0 is nearly a more baseline, but may change signs. With
+    # Normalize Â (usual, not derived). Mean 0 acts nearly as a baseline, but may change signs. With
     # standard deviation 1, all batches count equally in the means of `adam`, if that moves theta.
     advantages = advantages[real]
     batch.advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)

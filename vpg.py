@@ -9,20 +9,21 @@ REINFORCE with a baseline (Sutton & Barto 2018, section 13.4) moves theta by a m
     gamma^t * (return from s on - V(s)) * gradient of log pi(a|s; theta),
 
 which estimates the gradient of the expected return, up to a factor (t: steps since the episode
-began). Subtracting V(s) usually makes it less noisy. Its expectation stays: as pi * gradient of log
-pi = gradient of pi, sum_a pi * V(s) * gradient of log pi = V(s) * gradient of sum_a pi = 0. gamma^t
-is left out by VPG, as is usual: late steps would hardly count. (So it does not quite follow that
-gradient.) The advantage A(s, a) is the expected return if a comes first, then pi, minus V(s).
+began). Subtracting V(s) usually makes it less noisy. Its expectation stays: gradient of log pi is
+(gradient of pi) / pi, so
+    sum_a pi * V(s) * gradient of log pi = V(s) * gradient of sum_a pi = V(s) * gradient of 1 = 0.
+VPG leaves gamma^t out, as is usual: late steps would hardly count. (So it does not quite follow
+that gradient.) The advantage A(s, a) is the expected return if a comes first, then pi, minus V(s).
 Return - V(s) is one estimate of it. VPG uses another, Â (see `gae`). For this, a second network,
-`value`, learns V. As the baseline it does no harm where it is wrong, on average. But in Â it also
-takes the place of rewards far ahead. So Â is less noisy, but biased where `value` is wrong.
+`value`, learns V. A wrong baseline would not bias g, as shown. But in Â, `value` also takes the
+place of rewards far ahead. So Â is less noisy, but biased where `value` is wrong.
 
     repeat:  play a batch of steps with the policy                    (section 4)
              estimate Â; targets: Â + value(s); normalize Â           (section 5)
              g = mean of Â * gradient of log pi; change theta by Adam (section 6)
              fit `value` to its targets, estimates of the return      (section 5)
-g is a mean over actions of the policy as it is. After one change of theta, a new batch is played.
-(`value` may take several steps with a batch: its targets are fixed.)
+g needs actions drawn from the present policy. So after one change of theta, play a new batch. (The
+fit of `value` is a regression with fixed targets: it may take several steps with a batch.)
 Run:  python vpg.py    Options:  python vpg.py --help
 """
 
@@ -209,8 +210,8 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
         = error_t + gamma error_{t+1} + ... + gamma^{n-1} error_{t+n-1}  (values between cancel),
     with the temporal-difference (TD) errors error_t = r_t + gamma value(s_{t+1}) - value(s_t). The
     larger n, the less a wrong `value` matters, but the more noise comes in. GAE is a mean over all
-    n, with weights (1 - lambda) lambda^{n-1} (lambda < 1). error_{t+k} is there if n > k, and the
-    weights of these n add up to lambda^k. Hence, up to the end of the episode or batch,
+    n with the weights (1 - lambda) lambda^{n-1}, lambda < 1. error_{t+k} occurs if n > k: it weighs
+    (1 - lambda) (lambda^k + lambda^{k+1} + ...) = lambda^k. So, up to the end of episode or batch,
         Â_t = error_t + gamma lambda error_{t+1} + (gamma lambda)^2 error_{t+2} + ...
             = error_t + gamma lambda Â_{t+1}."""
     # Terminated: nothing more is earned. Truncated: `value` says what would have been earned.
@@ -239,7 +240,7 @@ def collect(experience, policy, value, settings, rng):
     batch.actions = actions[real]
     batch.values = values[:-1][real]  # only for `report`
     batch.targets = targets[real]
-    # Normalize Â (usual, not derived). Mean 0 is nearly a more baseline, but may change signs. With
+    # Normalize Â (usual, not derived). Mean 0 acts nearly as a baseline, but may change signs. With
     # standard deviation 1, all batches count equally in the means of `adam`, if that moves theta.
     advantages = advantages[real]
     batch.advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
