@@ -6,8 +6,8 @@ than V(s) it earns on average, if a comes first: the mean of r + gamma V(next s)
 
 Let another policy pi play. In the sum of these differences, all V but the first cancel:
     (r_0 + gamma V(s_1) - V(s_0)) + gamma (r_1 + gamma V(s_2) - V(s_1)) + ...  =  return - V(s_0)
-Averaged over pi's episodes, a difference is A(s, a), and return - V(s_0) is what pi earns more than
-pi_old. So this is a sum of advantages. Each state adds (times gamma^t, left out from here on)
+After a in s, a difference is A(s, a) on average, whoever plays: the environment draws r and next s.
+And return - V(s_0) is what pi earns more than pi_old. Each state adds (but for gamma^t, left out)
     sum_a pi(a|s) A(s, a)  =  sum_a pi_old(a|s) * ratio * A(s, a),    ratio = pi(a|s) / pi_old(a|s),
 which the batch's mean of ratio * Â estimates, if Â estimates A: pi_old drew these actions. But the
 states, too, are those of pi_old, nearly those of pi only while they act alike. So TRPO will
@@ -240,8 +240,8 @@ def collect(experience, policy, value, settings, rng):
     batch.actions = actions[real]
     batch.values = values[:-1][real]  # only for `report`
     batch.targets = targets[real]
-    # Normalize Â (usual, not derived). Mean 0 acts nearly as a baseline, but may change signs. With
-    # standard deviation 1, all batches count equally in the means of `adam`, if that moves theta.
+    # Normalize Â: usual, not derived. Subtracting the mean is like a baseline, but may flip signs.
+    # Dividing lets no batch dominate the means of `adam`. (TRPO's step is the same without it.)
     advantages = advantages[real]
     batch.advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     logits, _ = forward(policy, batch.states)

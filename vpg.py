@@ -240,8 +240,8 @@ def collect(experience, policy, value, settings, rng):
     batch.actions = actions[real]
     batch.values = values[:-1][real]  # only for `report`
     batch.targets = targets[real]
-    # Normalize Â (usual, not derived). Mean 0 acts nearly as a baseline, but may change signs. With
-    # standard deviation 1, all batches count equally in the means of `adam`, if that moves theta.
+    # Normalize Â: usual, not derived. Subtracting the mean is like a baseline, but may flip signs.
+    # Dividing lets no batch dominate the means of `adam`. (TRPO's step is the same without it.)
     advantages = advantages[real]
     batch.advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     logits, _ = forward(policy, batch.states)
