@@ -11,8 +11,7 @@ variant is a script with options. Luck decides much, so it is trained with sever
     python compare.py compare.csv "ppo --clip 0.1"       train one more, and add it to compare.csv
 
 variants (section 1) -> runs, one per seed (2) -> CSV (3) -> table (4), picture (5)
-The CSV has a row per update: labels (variant, env, threshold, seed), numbers, and an error, if one
-ended the run. It does not have --steps: combine only files that were made with the same --steps.
+The CSV has a row per update. It does not have --steps: combine only files of the same --steps.
 """
 
 import os
@@ -118,6 +117,8 @@ def read_variants(options, rows):
         first = variants.setdefault(settings, labels)
         if first is not labels:
             print(f"{text!r} is left out: it is {first['variant']!r} again", file=sys.stderr)
+    if len(group([*rows, *variants.values()], "env")) > 1:
+        refuse("returns in different environments cannot be compared: give all the same --env")
     if len(given) + len(variants) > len(COLORS):
         refuse(f"a picture has room for {len(COLORS)} variants, not {len(given) + len(variants)}")
     return list(variants.values())
@@ -217,9 +218,8 @@ def read_csv(paths):
             refuse(f"{path} holds no data of compare.py: {type(error).__name__} {error}")
         rows += new
     updates = {(row["variant"], row["seed"], row["update"]) for row in rows}
-    environments = {(row["variant"], row["env"]) for row in rows}
-    if len(updates) < len(rows) or len(environments) > len(group(rows, "variant")):
-        refuse("the .csv files hold a run twice, or a variant in two environments")
+    if len(updates) < len(rows):
+        refuse("the .csv files hold a run twice")
     return rows
 
 
@@ -245,7 +245,7 @@ def solved_after(run):
 
 
 def has_collapsed(run):
-    """Whether a run lost half of its gain, if this was a fifth of the way to the threshold."""
+    """Whether a run lost half of its best gain, if that was a fifth of the way to the threshold."""
     threshold = float(run[0]["threshold"] or "inf")
     returns = column(run, "episode_return")[column(run, "episodes") >= 100]
     if len(returns) == 0:
@@ -256,7 +256,7 @@ def has_collapsed(run):
 
 
 def interquartile_mean(values):
-    """The mean without the lowest and the highest quarter: an odd run or two hardly matter."""
+    """The mean without the lowest and the highest quarter, rounded down: of 5 values, without 2."""
     quarter = len(values) // 4
     return np.mean(np.sort(values)[quarter : len(values) - quarter])
 
@@ -296,8 +296,8 @@ def table(rows):
     lines = []
     for name, variant_rows in group(rows, "variant").items():
         summary = summarize(variant_rows)
-        failed = [row for row in variant_rows if row["error"]]
-        name += f" ({len(failed)} failed)" if failed else ""
+        if any(row["error"] for row in variant_rows):
+            name += " (runs failed)"
         if not lines:
             lines.append(layout.format("variant", *summary))  # the headings
         if len(name) > 17:
@@ -329,8 +329,8 @@ def draw(rows):
 
 
 def draw_curve(axis, rows, name, style):
-    """The median of each window and, as a band, its middle half. A window is a 40th of the updates,
-    those of all seeds together. So a band shows both how seeds differ and how updates do."""
+    """The median of each window and, as a band, its middle half. A window holds the updates of all
+    seeds in a 40th of the training; of runs that have failed, only those before they did."""
     numbers = column(rows, name)
     steps = column(rows, "steps") / 1000
     updates = column(rows, "update")
@@ -347,7 +347,7 @@ def draw_curve(axis, rows, name, style):
 
 def label_axes(panels, rows):
     """Titles, axes and units of the curves, and lines to read them against."""
-    steps = {"xlabel": f"thousand steps in {', '.join(group(rows, 'env'))}", "xlim": (0, None)}
+    steps = {"xlabel": f"thousand steps in {rows[0]['env']}", "xlim": (0, None)}
     panels["return"].set(title="Mean return of the last 100 episodes (grey line: solved)", **steps)
     panels["kl"].set(title="KL of an update: median, middle half (all seeds)", **steps)
     panels["return"].legend(loc="lower center", bbox_to_anchor=(0.5, 1.1), ncols=2, handlelength=4)
@@ -359,8 +359,8 @@ def label_axes(panels, rows):
 
 
 def mark_slice(axis, step_norms, kl):
-    """Mark updates, of all variants, of nearly equal step_norm, and the range of their KL. It also
-    depends on the direction of a step, and on where it starts. So TRPO limits the KL itself."""
+    """Mark updates, of all variants, of nearly equal step_norm, and the range of their KL. (The
+    direction of a step counts, too, and where it starts. So TRPO limits KL, and not the length.)"""
     axis.set_title("Do equal steps change behavior equally?")
     axis.set(xlim=(1e-4, max(10, max(step_norms))), xscale="log", xlabel="step_norm: ‖Δθ‖")
     visible = kl > SMALL
