@@ -310,9 +310,9 @@ def conjugate_gradient(product, b, iterations):
         alpha = (residual @ direction) / curvature
         x = x + alpha * direction
         residual = residual - alpha * M_direction
-        # Let new = residual + beta * direction. A step along it changes residual . direction, now 0,
-        # by a multiple of direction . M new = residual . M_direction + beta * curvature. This is to be
-        # 0: direction's gain is then kept. (The gain of all earlier ones is, too: a theorem.)
+        # Let new = residual + beta * direction. A step along it changes residual . direction = 0
+        # by a multiple of direction . M new = residual . M_direction + beta * curvature. Let it
+        # be 0: direction's gain is then kept. (That of all earlier ones is, too: a theorem.)
         beta = -(residual @ M_direction) / curvature
         direction = residual + beta * direction
     return x
