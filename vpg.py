@@ -15,8 +15,8 @@ began). Subtracting V(s) usually makes it less noisy. Its expectation stays: gra
 VPG leaves gamma^t out, as is usual: late steps would hardly count. (So it does not quite follow
 that gradient.) The advantage A(s, a) is the expected return if a comes first, then pi, minus V(s).
 Return - V(s) is one estimate of it. VPG uses another, Â (see `gae`). For this, a second network,
-`value`, learns V. A wrong baseline would not bias g, as shown. But in Â, `value` also takes the
-place of rewards far ahead. So Â is less noisy, but biased where `value` is wrong.
+`value`, learns V. Subtracted, it does no harm on average, even if wrong: the 0 above holds for any
+function of s. In Â it also replaces rewards far ahead: less noise, but its errors bias the result.
 
     repeat:  play a batch of steps with the policy                    (section 4)
              estimate Â; targets: Â + value(s); normalize Â           (section 5)
