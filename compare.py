@@ -95,7 +95,7 @@ def read_variant(text, options):
     module = import_module(script)
     try:
         with redirect_stderr(StringIO()) as printed:
-            settings = module.parse([*options.shared, *typed])  # the last one counts
+            settings = module.parse([*options.shared, *typed])  # of two values, the later counts
     except SystemExit:  # the script has refused them: a usage, then "error: ..."
         refuse(f"{' '.join([text, *options.shared])!r}: {printed.getvalue().split('error: ')[-1]}")
     if settings.watch:
@@ -144,7 +144,7 @@ def train(labels, shared, sender):
         place = f", {script}.py, line {lines[-1]}" if lines else ""
         rows = rows or [labels | {"update": ""}]  # it made no update, but it counts
         rows[-1]["error"] = " ".join(f"{type(problem).__name__}: {problem}{place}".split())
-    sender.send(rows)
+    sender.send(rows or [labels | {"update": "", "error": "it made no update"}])
 
 
 def end_with_main_process():
@@ -351,8 +351,8 @@ def label_axes(panels, rows):
     panels["return"].set(title="Mean return of the last 100 episodes (grey line: solved)", **steps)
     panels["kl"].set(title="KL of an update: median, middle half (all seeds)", **steps)
     panels["return"].legend(loc="lower center", bbox_to_anchor=(0.5, 1.1), ncols=2, handlelength=4)
-    for threshold in filter(None, group(rows, "threshold")):
-        panels["return"].axhline(float(threshold), color="0.3", linewidth=1)
+    if rows[0]["threshold"]:
+        panels["return"].axhline(float(rows[0]["threshold"]), color="0.3", linewidth=1)
     highest = max(0.1, 2 * max(column(rows, "kl")))
     for axis in panels["kl"], panels["step_norm"]:
         axis.set(ylim=(SMALL, highest), yscale="log", ylabel="KL in nats")

@@ -4,7 +4,7 @@ pi_old(a|s), a neural network with weights theta_old, has played a batch of step
 of its return from s on, r_0 + gamma r_1 + gamma^2 r_2 + ... The advantage A(s, a) is how much more
 than V(s) it earns on average, if a comes first: the mean of r + gamma V(next s) - V(s) after a.
 
-Let another policy pi play. In the sum of these differences, all V but the first cancel:
+Let pi, with other weights theta, play. In the sum of these differences, all V but V(s_0) cancel:
     (r_0 + gamma V(s_1) - V(s_0)) + gamma (r_1 + gamma V(s_2) - V(s_1)) + ...  =  return - V(s_0)
 After a in s, a difference is A(s, a) on average, whoever plays: the environment draws r and next s.
 And return - V(s_0) is what pi earns more than pi_old. Each state adds (but for gamma^t, left out)
@@ -123,7 +123,7 @@ def backward(network, activations, grad_outputs):
 
 def adam(network, gradient, learning_rate):
     """One step uphill (Kingma & Ba 2015, algorithm 1). m is a mean of recent gradients, v of their
-    squares. So m / sqrt(v), 1 or -1 if all are equal, near 0 if signs alternate, has no scale."""
+    squares. m / sqrt(v) is 1 or -1 if they are equal, near 0 if signs alternate, at any scale."""
     network.adam_steps += 1
     network.adam_m = 0.9 * network.adam_m + 0.1 * gradient
     network.adam_v = 0.999 * network.adam_v + 0.001 * gradient**2
@@ -136,7 +136,7 @@ def adam(network, gradient, learning_rate):
 # --- 3. Policy ------------------------------------------------------------------------------------
 def log_softmax(logits):
     """log pi(a|s) = z_a - log sum_j exp(z_j)  [B, K], as pi(a|s) = exp(z_a) / sum_j exp(z_j)."""
-    return logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)  # even if exp would overflow
+    return logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)  # log sum_j exp, no overflow
 
 
 def sample_actions(policy, states, rng):

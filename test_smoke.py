@@ -430,7 +430,7 @@ def test_play_and_collect(script):
     parts = [experience.play(policy, horizon, rng) for horizon in (6, 12)]
     *columns, last_states = [np.concatenate(column) for column in zip(*parts)]
     states, actions, rewards, terminated, truncated, resetting = columns
-    states = np.concatenate([states, last_states[None, -8:]]).astype(float)
+    states = np.concatenate([states, last_states[None, -8:]]).astype(float)  # of the second part
     time, length, _ = np.moveaxis(states, 2, 0)
     over = time == length
     expect("time", time[1:], np.where(resetting, 0, time[:-1] + 1))

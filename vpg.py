@@ -118,7 +118,7 @@ def backward(network, activations, grad_outputs):
 
 def adam(network, gradient, learning_rate):
     """One step uphill (Kingma & Ba 2015, algorithm 1). m is a mean of recent gradients, v of their
-    squares. So m / sqrt(v), 1 or -1 if all are equal, near 0 if signs alternate, has no scale."""
+    squares. m / sqrt(v) is 1 or -1 if they are equal, near 0 if signs alternate, at any scale."""
     network.adam_steps += 1
     network.adam_m = 0.9 * network.adam_m + 0.1 * gradient
     network.adam_v = 0.999 * network.adam_v + 0.001 * gradient**2
@@ -131,7 +131,7 @@ def adam(network, gradient, learning_rate):
 # --- 3. Policy ------------------------------------------------------------------------------------
 def log_softmax(logits):
     """log pi(a|s) = z_a - log sum_j exp(z_j)  [B, K], as pi(a|s) = exp(z_a) / sum_j exp(z_j)."""
-    return logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)  # even if exp would overflow
+    return logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)  # log sum_j exp, no overflow
 
 
 def sample_actions(policy, states, rng):

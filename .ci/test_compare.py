@@ -162,6 +162,7 @@ def test_drawing_again_and_adding(lab):
         ("toy --fail 1", 1, f"FloatingPointError: no longer finite, toy.py, line {FAILING_LINE}"),
         ("toy --fail 4 --how exit", 3, f"SystemExit: 7, toy.py, line {FAILING_LINE + 1}"),
         ("toy --fail 4 --how kill", 1, "its process was killed"),
+        ("toy --updates 0", 1, "it made no update"),
     ],
 )
 def test_failed_runs_count_and_take_nothing_along(text, left, message, lab):
@@ -250,8 +251,7 @@ def test_picture(texts, lab, monkeypatch):
 def test_variants_are_read_as_typed(lab, capsys):
     words = ["ppo.py", "ppo --clip 0.2", "ppo  --clip=0.2", "ppo --epochs 2", "--steps", "9"]
     for given, names in [(words, ["ppo", "ppo --epochs 2"]), ([], ["vpg", "trpo", "ppo"])]:
-        variants = compare.read_variants(compare.parse(given), [])
-        assert [labels["variant"] for labels in variants] == names
+        assert [one["variant"] for one in compare.read_variants(compare.parse(given), [])] == names
         assert capsys.readouterr().err.count("it is 'ppo' again") == len(given[::4])
 
 
