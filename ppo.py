@@ -76,7 +76,7 @@ class Settings:
 # in a state, H hidden units, K outputs (of a policy: one per action), P parameters.
 class Network:
     def __init__(self, sizes, last_gain, rng):
-        """A tanh layer, then a linear one: the policy, whose outputs are the logits; or `value`."""
+        """A tanh layer, then a linear one. The outputs of the policy are its logits (section 3)."""
         D, H, K = sizes
         self.sizes = sizes
         # A sum of D random numbers of size 1 has about the size sqrt(D). Dividing keeps it at 1.
@@ -107,7 +107,7 @@ def forward(network, inputs):
 
 
 def backward(network, activations, grad_outputs):
-    """The chain rule: dy / d theta [P] from grad_outputs = dy / d outputs [B, K] of a number y."""
+    """dy / d theta [P] of a number y, given grad_outputs = dy / d outputs [B, K]: the chain rule."""
     _, _, W2, _ = unflatten(network.theta, network.sizes)
     inputs, hidden = activations
     # Differentiate outputs[i, k] = sum_h hidden[i, h] * W2[h, k] + b2[k]:
@@ -122,8 +122,8 @@ def backward(network, activations, grad_outputs):
 
 
 def adam(network, gradient, learning_rate):
-    """One step uphill (Kingma & Ba 2015, algorithm 1). m is a mean of recent gradients, v of their
-    squares. m / sqrt(v) is 1 or -1 if they are equal, near 0 if signs alternate, at any scale."""
+    """One step uphill (Kingma & Ba 2015, algorithm 1). For each parameter, m is a mean of recent
+    gradients, v of their squares: m / sqrt(v) is 1 or -1 if all are equal, near 0 if signs vary."""
     network.adam_steps += 1
     network.adam_m = 0.9 * network.adam_m + 0.1 * gradient
     network.adam_v = 0.999 * network.adam_v + 0.001 * gradient**2
@@ -185,7 +185,7 @@ class Experience:
     def __init__(self, settings, rng):
         """Environments side by side, whose episodes go on from batch to batch. Each step is a row.
         If step 7 ends an episode, it leads to the last state, s8, whose value `gae` may need. Then
-        the environment resets by itself: step 8 ignores its action, and leads to a new first state.
+        the environment resets itself: step 8 ignores its action, and leads to a new first state.
             row 7:  s7, action taken,    terminated (by the task) or truncated (by a time limit)
             row 8:  s8, action ignored,  resetting: no real step, `collect` drops it"""
         env = make_env(settings, settings.num_envs)
@@ -246,7 +246,7 @@ def collect(experience, policy, value, settings, rng):
     batch.values = values[:-1][real]  # only for `report`
     batch.targets = targets[real]
     # Normalize Â: usual, not derived. Subtracting the mean is like a baseline, but may flip signs.
-    # Dividing lets no batch dominate the means of `adam`. (TRPO's step is the same without it.)
+    # Dividing lets no batch dominate the means of `adam`. (In trpo.py it does not change the step.)
     advantages = advantages[real]
     batch.advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     logits, _ = forward(policy, batch.states)
