@@ -102,7 +102,7 @@ def forward(network, inputs):
 
 
 def backward(network, activations, grad_outputs):
-    """dy / d theta [P] of a number y, given grad_outputs = dy / d outputs [B, K]: the chain rule."""
+    """dy / d theta [P] of a number y, from grad_outputs = dy / d outputs [B, K]: the chain rule."""
     _, _, W2, _ = unflatten(network.theta, network.sizes)
     inputs, hidden = activations
     # Differentiate outputs[i, k] = sum_h hidden[i, h] * W2[h, k] + b2[k]:
