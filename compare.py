@@ -21,18 +21,20 @@ import signal
 if __name__ == "__mp_main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before NumPy: one thread suits small arrays
+os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")  # it would warn after Ctrl-C
 import argparse
 import csv
-import multiprocessing.connection
 import sys
 import tempfile
 import threading
 import time
 import traceback
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stderr
 from importlib import import_module
 from io import StringIO
-from itertools import product
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import numpy as np
@@ -58,14 +60,12 @@ def parse(argv=None):
     parser.add_argument("--steps", help="environment steps of each run (default: the script's)")
     parser.add_argument("--env", help="Gymnasium environment (default: the script's)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
-    parser.add_argument("--out", type=Path, help="picture (default: compare.png, or as one .csv)")
+    parser.add_argument("--out", type=Path, default=Path("compare.png"), help="picture")
     options = parser.parse_intermixed_args(argv)
     options.files = [Path(text) for text in options.variants if text.endswith(".csv")]
     options.variants = [text for text in options.variants if not text.endswith(".csv")]
     shared = {"--steps": options.steps, "--env": options.env}  # options for every script
     options.shared = [f"{name}={value}" for name, value in shared.items() if value is not None]
-    data = options.files[0] if len(options.files) == 1 else Path("compare.csv")
-    options.out = options.out or data.with_suffix(".png")
     options.csv = options.out.with_suffix(".csv")  # for what is trained: it lies beside the picture
     return options
 
@@ -74,8 +74,7 @@ def check(options):
     """Refuse now, and not only after hours of training, what cannot be trained or written."""
     if options.seeds < 1 or options.jobs < 1:
         refuse("--seeds and --jobs must be at least 1")
-    folders = [path for path in (options.out, options.csv) if path.is_dir()]
-    if folders or options.out.suffix.lower() not in (".png", ".svg", ".pdf"):
+    if options.out.suffix.lower() not in (".png", ".svg", ".pdf") or options.csv.is_dir():
         refuse(f"{options.out} must be a file (.png, .svg or .pdf), and {options.csv} one, too")
     try:
         tempfile.TemporaryFile(dir=options.out.parent).close()
@@ -114,9 +113,10 @@ def read_variants(options, rows):
         labels, settings = read_variant(text, options)
         if labels["variant"] in given:
             refuse(f"{text!r} is in the .csv file already")
-        first = variants.setdefault(settings, labels)
-        if first is not labels:
-            print(f"{text!r} is left out: it is {first['variant']!r} again", file=sys.stderr)
+        if settings in variants:
+            print(f"{text!r} equals {variants[settings]['variant']!r}: left out", file=sys.stderr)
+        else:
+            variants[settings] = labels
     if len(group([*rows, *variants.values()], "env")) > 1:
         refuse("returns in different environments cannot be compared: give all the same --env")
     if len(given) + len(variants) > len(COLORS):
@@ -125,9 +125,39 @@ def read_variants(options, rows):
 
 
 # --- 2. Runs --------------------------------------------------------------------------------------
-def train(labels, shared, sender):
-    """A run, in its own process. It sends its rows, as text. If it fails, the last one says why."""
+def train_all(variants, options):
+    """Generator: the rows of each run, as soon as it has ended. --jobs of them run at a time."""
+    with ThreadPoolExecutor(options.jobs) as threads:
+        futures = []
+        for number in range(options.seeds):
+            for variant in variants:
+                labels = variant | {"seed": str(int(variant["seed"]) + number)}
+                futures.append(threads.submit(train_alone, labels, options.shared))
+        for future in as_completed(futures):
+            yield future.result()
+
+
+def train_alone(labels, shared):
+    """A run, in a pool with one process: if the process is killed, no other run is lost with it."""
+    with ProcessPoolExecutor(1, get_context("spawn"), watch_main_process) as process:
+        try:
+            return process.submit(train, labels, shared).result()
+        except BrokenProcessPool:
+            return [labels | {"update": "", "error": "its process was killed"}]  # rows are lost
+
+
+def watch_main_process():
+    """If the main process ends, even if it is killed, a thread ends the process of the run, too."""
     threading.Thread(target=end_with_main_process, daemon=True).start()
+
+
+def end_with_main_process():
+    parent_process().join()  # wait for its end
+    os._exit(1)
+
+
+def train(labels, shared):
+    """A run. Returns its rows, as text. If it fails, the last one says why."""
     script, *typed = labels["variant"].split()
     np.seterr(all="ignore")  # as the scripts do: they stop if weights or KL are no longer finite
     rows = []
@@ -144,34 +174,7 @@ def train(labels, shared, sender):
         place = f", {script}.py, line {lines[-1]}" if lines else ""
         rows = rows or [labels | {"update": ""}]  # it made no update, but it counts
         rows[-1]["error"] = " ".join(f"{type(problem).__name__}: {problem}{place}".split())
-    sender.send(rows or [labels | {"update": "", "error": "it made no update"}])
-
-
-def end_with_main_process():
-    """A thread beside a run: if the main process ends, even if it is killed, the run ends, too."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def train_all(variants, options):
-    """Generator: the rows of each run. (A ready-made pool would break if one process is killed.)"""
-    spawn = multiprocessing.get_context("spawn")
-    waiting = list(product(range(options.seeds), variants))
-    running = {}  # receiving end of a pipe -> labels of the run that will send its rows through it
-    while waiting or running:
-        while waiting and len(running) < options.jobs:
-            number, variant = waiting.pop(0)
-            labels = variant | {"seed": str(int(variant["seed"]) + number)}
-            receiver, sender = spawn.Pipe(duplex=False)
-            spawn.Process(target=train, args=(labels, options.shared, sender), daemon=True).start()
-            sender.close()  # the run has its own; a sender left open here would hide its death
-            running[receiver] = labels
-        for receiver in multiprocessing.connection.wait(running):
-            labels = running.pop(receiver)
-            try:
-                yield receiver.recv()
-            except (EOFError, OSError):  # no sender is left
-                yield [labels | {"update": "", "error": "its process was killed"}]  # rows are lost
+    return rows or [labels | {"update": "", "error": "it made no update"}]
 
 
 def train_and_save(rows, variants, options):
@@ -248,11 +251,10 @@ def has_collapsed(run):
     """Whether a run lost half of its best gain, if that was a fifth of the way to the threshold."""
     threshold = float(run[0]["threshold"] or "inf")
     returns = column(run, "episode_return")[column(run, "episodes") >= 100]
-    if len(returns) == 0:
-        return False
-    gain = np.maximum.accumulate(returns) - returns[0]  # the best mean so far - the first one
-    is_enough = (gain > 0) & (gain >= abs(threshold - returns[0]) / 5)
-    return bool((is_enough & (returns - returns[0] <= gain / 2)).any())
+    first = returns[:1]  # [1], or [0] if 100 episodes have never ended
+    gain = np.maximum.accumulate(returns) - first  # the best mean so far - the first one
+    is_enough = (gain > 0) & (gain >= abs(threshold - first) / 5)
+    return bool((is_enough & (returns - first <= gain / 2)).any())
 
 
 def interquartile_mean(values):
@@ -351,16 +353,14 @@ def label_axes(panels, rows):
     panels["return"].set(title="Mean return of the last 100 episodes (grey line: solved)", **steps)
     panels["kl"].set(title="KL of an update: median, middle half (all seeds)", **steps)
     panels["return"].legend(loc="lower center", bbox_to_anchor=(0.5, 1.1), ncols=2, handlelength=4)
-    if rows[0]["threshold"]:
-        panels["return"].axhline(float(rows[0]["threshold"]), color="0.3", linewidth=1)
+    panels["return"].axhline(float(rows[0]["threshold"] or "nan"), color="0.3")  # nan: no line
     highest = max(0.1, 2 * max(column(rows, "kl")))
     for axis in panels["kl"], panels["step_norm"]:
         axis.set(ylim=(SMALL, highest), yscale="log", ylabel="KL in nats")
 
 
 def mark_slice(axis, step_norms, kl):
-    """Mark updates, of all variants, of nearly equal step_norm, and the range of their KL. (The
-    direction of a step counts, too, and where it starts. So TRPO limits KL, and not the length.)"""
+    """Mark updates, of all variants, of nearly equal step_norm, and how much their KL differs."""
     axis.set_title("Do equal steps change behavior equally?")
     axis.set(xlim=(1e-4, max(10, max(step_norms))), xscale="log", xlabel="step_norm: ‖Δθ‖")
     visible = kl > SMALL
@@ -396,5 +396,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # Ctrl-C: 128 + 2, the signal's number
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C: 128 + 2, the signal's number
     sys.exit(main())

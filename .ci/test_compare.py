@@ -138,7 +138,7 @@ def test_several_files(lab):
     assert (status, table) == (0, lab("compare.csv")[1]) and len(figures(table)) == 2
     Path("1.csv").write_text(content.replace("CartPole", "Other"))
     assert lab("0.csv", "1.csv")[0] == 2 and lab("0.csv", "0.csv")[0] == 2
-    assert lab("0.csv")[0] == 0 and Path("0.png").exists()
+    assert lab("0.csv", "--out", "0.svg")[0] == 0 and Path("0.svg").exists()
 
 
 def test_drawing_again_and_adding(lab):
@@ -252,7 +252,7 @@ def test_variants_are_read_as_typed(lab, capsys):
     words = ["ppo.py", "ppo --clip 0.2", "ppo  --clip=0.2", "ppo --epochs 2", "--steps", "9"]
     for given, names in [(words, ["ppo", "ppo --epochs 2"]), ([], ["vpg", "trpo", "ppo"])]:
         assert [one["variant"] for one in compare.read_variants(compare.parse(given), [])] == names
-        assert capsys.readouterr().err.count("it is 'ppo' again") == len(given[::4])
+        assert capsys.readouterr().err.count("equals 'ppo': left out") == len(given[::4])
 
 
 BAD = """nothing > no script 'nothing' beside compare.py; there are: broken, ppo, toy
