@@ -2,18 +2,18 @@
 
 pi_old(a|s), a neural network with weights theta_old, has played a batch of steps. V(s) is the mean
 of its return from s on, r_0 + gamma r_1 + gamma^2 r_2 + ... The advantage A(s, a) is how much more
-than V(s) it earns on average, if a comes first: the mean of r + gamma V(next s) - V(s) after a.
-
-Let pi, with other weights theta, play. In the sum of these differences, all V but V(s_0) cancel:
-    (r_0 + gamma V(s_1) - V(s_0)) + gamma (r_1 + gamma V(s_2) - V(s_1)) + ...  =  return - V(s_0)
-After a in s, a difference is A(s, a) on average, whoever plays: the environment draws r and next s.
-And return - V(s_0) is what pi earns more than pi_old. Each state adds (but for gamma^t, left out)
+it is if a comes first and then pi_old plays on; Â estimates A (see `gae`). REINFORCE moves theta
+along g = mean of Â * gradient of log pi (without gamma^t, as is usual): one step, for g needs
+actions drawn from the present policy. How can the batch serve for more?
+Let a policy pi, with other weights theta, choose one action, in s, and pi_old the rest. This adds
     sum_a pi(a|s) A(s, a)  =  sum_a pi_old(a|s) * ratio * A(s, a),    ratio = pi(a|s) / pi_old(a|s),
-which the batch's mean of ratio * Â estimates, if Â estimates A: pi_old drew these actions. But the
-states, too, are those of pi_old, nearly those of pi only while they act alike. So PPO takes away
-what a ratio would gain by going far from 1. It maximizes (equation 7 of the paper)
+to the mean return. The batch's actions are those of pi_old, so its mean of ratio * Â estimates it.
+At theta_old it has the gradient g: gradient of ratio = ratio * gradient of log pi, and ratio = 1.
+But if pi chooses all actions, it meets other states. The return may fall while this mean rises,
+unless pi acts nearly as pi_old. So PPO takes away what a ratio would gain far from 1, and maximizes
 
-    L(theta)  =  mean over the batch of  min( ratio * Â,  clipped ratio * Â ),    with normalized Â,
+    L(theta)  =  mean over the batch of  min( ratio * Â,  clipped ratio * Â )           (equation 7)
+
 where the clipped ratio is the ratio, but at least 1 - clip and at most 1 + clip:
     Â > 0, ratio > 1 + clip: raised enough,  the min is (1 + clip) * Â, its gradient 0
     Â < 0, ratio < 1 - clip: lowered enough, the min is (1 - clip) * Â, its gradient 0
@@ -48,22 +48,22 @@ def option(default, text, low=0, high=float("inf")):
 class Settings:
     env: str = option("CartPole-v1", "Gymnasium environment")
     seed: int = option(0, "seed of all random numbers")
-    steps: int = option(150_000, "environment steps to train for (the last batch is completed)", 1)
-    num_envs: int = option(16, "environments that run side by side", 1)
-    horizon: int = option(48, "steps of each environment in a batch, resets included", 2)
-    gamma: float = option(0.99, "discount factor", 0, 1)
-    gae_lambda: float = option(0.99, "see `gae`. 0: rely on `value`; 1: on the rewards", 0, 1)
-    hidden: int = option(64, "units in the hidden layer", 1)
-    value_learning_rate: float = option(2e-2, "learning rate of `value`; falls to 0", 0, 1000)
+    steps: int = option(150_000, "steps to train for, in all; the last batch is completed", low=1)
+    num_envs: int = option(16, "environments that run side by side", low=1)
+    horizon: int = option(48, "steps of each environment in a batch, resets included", low=2)
+    gamma: float = option(0.99, "discount factor", high=1)
+    gae_lambda: float = option(0.99, "see `gae`. 0: rely on `value`; 1: on the rewards", high=1)
+    hidden: int = option(64, "units in the hidden layer", low=1)
+    value_learning_rate: float = option(2e-2, "learning rate of `value`; falls to 0", high=1000)
     value_epochs: int = option(4, "passes over each batch to fit `value`")
-    minibatches: int = option(4, "parts into which each pass splits the batch", 1)
+    minibatches: int = option(4, "parts into which each pass splits the batch", low=1)
     watch: bool = option(False, "in the end, show the policy in a window")
-    learning_rate: float = option(6e-3, "learning rate of the policy; falls to 0", 0, 1000)
-    epochs: int = option(4, "passes over each batch that update the policy", 1)
-    clip: float = option(0.2, "how far from 1 a ratio may pay off; inf: any", 0)
-    target_kl: float = option(float("inf"), "after an epoch with a larger KL, leave the batch", 0)
+    learning_rate: float = option(6e-3, "learning rate of the policy; falls to 0", high=1000)
+    epochs: int = option(4, "passes over each batch that update the policy", low=1)
+    clip: float = option(0.2, "how far from 1 a ratio may pay off; inf: any")
+    target_kl: float = option(float("inf"), "after an epoch with a larger KL, leave the batch")
 
-    def __post_init__(self):
+    def __post_init__(self):  # runs when the fields have been set
         for setting in fields(self):
             given = getattr(self, setting.name)
             low, high = setting.metadata["range"]
@@ -122,8 +122,8 @@ def backward(network, activations, grad_outputs):
 
 
 def adam(network, gradient, learning_rate):
-    """One step uphill (Kingma & Ba 2015, algorithm 1). For each parameter, m is a mean of recent
-    gradients, v of their squares: m / sqrt(v) is 1 or -1 if all are equal, near 0 if signs vary."""
+    """One step uphill, by learning_rate * m / sqrt(v) (Kingma & Ba 2015, algorithm 1). m is a mean
+    of each parameter's recent gradients, v of their squares. So the gradients' scale cancels."""
     network.adam_steps += 1
     network.adam_m = 0.9 * network.adam_m + 0.1 * gradient
     network.adam_v = 0.999 * network.adam_v + 0.001 * gradient**2
@@ -175,27 +175,27 @@ def make_env(settings, num_envs, **options):
     action_space = env.single_action_space
     if not isinstance(action_space, gym.spaces.Discrete) or action_space.start != 0:
         raise ValueError(f"env must have Discrete actions from 0 on, not {action_space}")
-    autoreset = env.metadata.get("autoreset_mode")  # None if it does not say
-    if autoreset is not None and autoreset.name != "NEXT_STEP":  # see `Experience`
+    autoreset = env.metadata.get("autoreset_mode")  # None in Gymnasium 1.0, which resets like this
+    if autoreset is not None and autoreset.name != "NEXT_STEP":  # see `play`
         raise ValueError("env must reset one step late (autoreset mode NEXT_STEP)")
     return env
 
 
 class Experience:
     def __init__(self, settings, rng):
-        """Environments side by side, whose episodes go on from batch to batch. Each step is a row.
-        If step 7 ends an episode, it leads to the last state, s8, whose value `gae` may need. Then
-        the environment resets itself: step 8 ignores its action, and leads to a new first state.
-            row 7:  s7, action taken,    terminated (by the task) or truncated (by a time limit)
-            row 8:  s8, action ignored,  resetting: no real step, `collect` drops it"""
+        """Environments side by side, whose episodes go on from batch to batch."""
         env = make_env(settings, settings.num_envs)
-        self.env = gym.wrappers.vector.RecordEpisodeStatistics(env)  # keeps the last 100 returns
+        self.env = gym.wrappers.vector.RecordEpisodeStatistics(env, buffer_length=100)
         self.states, _ = self.env.reset(seed=int(rng.integers(2**31)))  # [N, D]
         self.resetting = np.zeros(settings.num_envs, bool)  # [N], True where the next step resets
 
     def play(self, policy, horizon, rng):
-        """Take T = horizon steps. Return states [T, N, D], actions, rewards, terminated, truncated,
-        resetting [T, N], and where the last step has led: last_states [N, D]."""
+        """T = horizon steps, a row each. Returns states [T, N, D]; actions, rewards, terminated,
+        truncated, resetting [T, N]; and where the last step has led: last_states [N, D].
+        If row 7 ends an episode, the environment uses row 8 to begin a new one:
+            row 7:  s7, action taken,    terminated (by the task) or truncated (by a time limit)
+            row 8:  s8, action ignored,  resetting: leads to the first state of the new episode
+        Row 8 is no real step, and `collect` drops it. But `gae` may need s8, where row 7 led."""
         rows = []
         for _ in range(horizon):
             actions = sample_actions(policy, self.states, rng)
@@ -203,22 +203,25 @@ class Experience:
             rows.append((self.states, actions, rewards, terminated, truncated, self.resetting))
             self.states = next_states
             self.resetting = terminated | truncated
-        columns = [np.array(column) for column in zip(*rows)]  # T rows of 6 to 6 columns of T
+        columns = [np.array(column) for column in zip(*rows)]  # zip: T rows of 6 to 6 columns of T
         return [*columns, self.states]
 
 
 # --- 5. Values and advantages ---------------------------------------------------------------------
 def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     """Generalized advantage estimation (Schulman et al. 2016): Â [T, N], from values [T + 1, N]
-    (their last row: where the last step led). With n rewards, an estimate of A(s_t, a_t) is
-        r_t + gamma r_{t+1} + ... + gamma^{n-1} r_{t+n-1} + gamma^n value(s_{t+n}) - value(s_t)
-        = error_t + gamma error_{t+1} + ... + gamma^{n-1} error_{t+n-1}  (values between cancel),
-    with the temporal-difference (TD) errors error_t = r_t + gamma value(s_{t+1}) - value(s_t). The
-    larger n, the less a wrong `value` matters, but the more noise comes in. GAE is a mean over all
-    n with the weights (1 - lambda) lambda^{n-1}, lambda < 1. error_{t+k} occurs if n > k: it weighs
-    (1 - lambda) (lambda^k + lambda^{k+1} + ...) = lambda^k. So, up to the end of episode or batch,
+    (their last row: where the last step led). The temporal-difference (TD) error
+        error_t = r_t + gamma value(s_{t+1}) - value(s_t)
+    estimates A(s_t, a_t) from one reward. From two, it is, as gamma value(s_{t+1}) cancels,
+        r_t + gamma r_{t+1} + gamma^2 value(s_{t+2}) - value(s_t) = error_t + gamma error_{t+1}.
+    More rewards rely less on `value`, but are noisier. GAE is a weighted mean of all estimates:
+        1 reward:   error_t                                            weight  1 - lambda
+        2 rewards:  error_t + gamma error_{t+1}                        weight (1 - lambda) lambda
+        3 rewards:  error_t + gamma error_{t+1} + gamma^2 error_{t+2}  weight (1 - lambda) lambda^2
+    and so on; the weights add up to 1 (lambda < 1). error_{t+1} is in all lines but the first: it
+    weighs 1 - (1 - lambda) = lambda. error_{t+2} is in all but two: it weighs lambda^2. So
         Â_t = error_t + gamma lambda error_{t+1} + (gamma lambda)^2 error_{t+2} + ...
-            = error_t + gamma lambda Â_{t+1}."""
+            = error_t + gamma lambda Â_{t+1},      up to the end of the episode or batch."""
     # Terminated: nothing more is earned. Truncated: `value` says what would have been earned.
     next_values = np.where(terminated, 0, values[1:])  # [T, N]
     td_errors = rewards + gamma * next_values - values[:-1]
@@ -275,7 +278,7 @@ def clipped_surrogate_gradient(ratio, advantages, clip):
 
 
 def minibatch_step(policy, batch, chosen, settings, rate_factor):
-    """A step of Adam, for the chosen rows. Returns which ratios were outside 1 ± clip before it."""
+    """A step of Adam with the chosen rows of the batch."""
     actions = batch.actions[chosen]
     logits, activations = forward(policy, batch.states[chosen])
     log_probs = log_softmax(logits)  # [B, K]
@@ -286,23 +289,20 @@ def minibatch_step(policy, batch, chosen, settings, rate_factor):
     # chain rule, gradient of min = slope * gradient of ratio = slope * ratio * gradient of log pi.
     gradient = policy_gradient(policy, activations, log_probs, actions, slope * ratio)
     adam(policy, gradient, rate_factor * settings.learning_rate)
-    return np.abs(ratio - 1) > settings.clip
 
 
 def update_policy(policy, batch, settings, rate_factor, rng):
     """Several epochs over the batch; after each, the KL says how far the policy has moved."""
     kls = []
-    outside = []
     for _ in range(settings.epochs):
         order = rng.permutation(len(batch.actions))
         for chosen in np.array_split(order, settings.minibatches):
-            outside.append(minibatch_step(policy, batch, chosen, settings, rate_factor))
+            minibatch_step(policy, batch, chosen, settings, rate_factor)
         logits, _ = forward(policy, batch.states)
         kls.append(kl(batch.log_probs_old, log_softmax(logits)))
         if kls[-1] > settings.target_kl:
             break
-    fraction = float(np.concatenate(outside).mean())  # of ratios outside 1 ± clip, flat or not
-    return {"kl_first_epoch": kls[0], "clip_fraction": fraction, "epochs": len(kls)}
+    return {"kl_first_epoch": kls[0], "epochs": len(kls)}
 
 
 # --- 7. Training ----------------------------------------------------------------------------------
@@ -317,8 +317,7 @@ def train(settings, policy):
     """Train `policy`, in place. A generator: each turn of `for row in train(...)` is an update."""
     start = time.perf_counter()
     rng = np.random.default_rng([settings.seed, 1])  # another stream; `main` has 2 and 3
-    D, H, _ = policy.sizes
-    value = Network((D, H, 1), 1.0, rng)
+    value = Network((*policy.sizes[:2], 1), 1.0, rng)  # as wide as the policy, one output
     experience = Experience(settings, rng)
     steps = 0
     update = 0
@@ -355,7 +354,7 @@ def report(policy, theta_old, batch, experience):
 
 # --- 8. Evaluation and command line ---------------------------------------------------------------
 def evaluate(policy, env, rng, max_steps=1000):
-    """The rewards' sum [N] in the first episode of each environment, by the likeliest actions."""
+    """Sum of rewards [N] in each environment's first episode, if the likeliest actions play it."""
     states, _ = env.reset(seed=int(rng.integers(2**31)))
     returns = np.zeros(env.num_envs)
     running = np.ones(env.num_envs, bool)

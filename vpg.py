@@ -1,22 +1,19 @@
 """Vanilla policy gradient (VPG): try actions, then make those that went well more likely.
 
-A policy pi(a|s; theta) is a neural network with weights theta. For a state s, it gives each action
-a probability. From a state on, the return is r_0 + gamma r_1 + gamma^2 r_2 + ..., a sum of rewards.
-V(s) is its expectation from s on, if pi plays. We want the theta with the largest expected return.
+A policy pi(a|s), a neural network with weights theta, gives each action a probability in a state s.
+The return from s on is r_0 + gamma r_1 + gamma^2 r_2 + ..., a sum of rewards. V(s) is its mean, if
+pi plays. We want the theta with the largest mean return.
 
-REINFORCE with a baseline (Sutton & Barto 2018, section 13.4) moves theta by a mean, over steps, of
-
-    gamma^t * (return from s on - V(s)) * gradient of log pi(a|s; theta),
-
-which estimates the gradient of the expected return, up to a factor (t: steps since the episode
-began). Subtracting V(s) usually makes it less noisy. Its expectation stays: gradient of log pi is
-(gradient of pi) / pi, so
+REINFORCE with a baseline (Sutton & Barto 2018, section 13.4) adds up, over the steps of an episode,
+    gamma^t * (return from s on - V(s)) * gradient of log pi(a|s)        (t: number of the step)
+On average, this is the gradient of the mean return. Subtracting V(s) usually makes it less noisy,
+and leaves its average as it is: gradient of log pi is (gradient of pi) / pi, so
     sum_a pi * V(s) * gradient of log pi = V(s) * gradient of sum_a pi = V(s) * gradient of 1 = 0.
-VPG leaves gamma^t out, as is usual: late steps would hardly count. (So it does not quite follow
-that gradient.) The advantage A(s, a) is the expected return if a comes first, then pi, minus V(s).
-Return - V(s) is one estimate of it. VPG uses another, Â (see `gae`). For this, a second network,
-`value`, learns V. Subtracted, it does no harm on average, even if wrong: the 0 above holds for any
-function of s. In Â it also replaces rewards far ahead: less noise, but its errors bias the result.
+VPG leaves gamma^t out, as is usual: late steps would hardly count. (So it does not quite follow the
+gradient.) And for return - V(s) it takes Â (see `gae`). Both estimate the advantage A(s, a): how
+much more the mean return is if a comes first and then pi plays on. A second network, `value`,
+learns V for it. As a baseline it does no harm even if it is wrong: the 0 above holds for any
+function of s. But in Â it also replaces rewards far ahead: less noise, but its errors bias g.
 
     repeat:  play a batch of steps with the policy                    (section 4)
              estimate Â; targets: Â + value(s); normalize Â           (section 5)
@@ -46,19 +43,19 @@ def option(default, text, low=0, high=float("inf")):
 class Settings:
     env: str = option("CartPole-v1", "Gymnasium environment")
     seed: int = option(0, "seed of all random numbers")
-    steps: int = option(150_000, "environment steps to train for (the last batch is completed)", 1)
-    num_envs: int = option(16, "environments that run side by side", 1)
-    horizon: int = option(48, "steps of each environment in a batch, resets included", 2)
-    gamma: float = option(0.99, "discount factor", 0, 1)
-    gae_lambda: float = option(0.99, "see `gae`. 0: rely on `value`; 1: on the rewards", 0, 1)
-    hidden: int = option(64, "units in the hidden layer", 1)
-    value_learning_rate: float = option(2e-2, "learning rate of `value`; falls to 0", 0, 1000)
+    steps: int = option(150_000, "steps to train for, in all; the last batch is completed", low=1)
+    num_envs: int = option(16, "environments that run side by side", low=1)
+    horizon: int = option(48, "steps of each environment in a batch, resets included", low=2)
+    gamma: float = option(0.99, "discount factor", high=1)
+    gae_lambda: float = option(0.99, "see `gae`. 0: rely on `value`; 1: on the rewards", high=1)
+    hidden: int = option(64, "units in the hidden layer", low=1)
+    value_learning_rate: float = option(2e-2, "learning rate of `value`; falls to 0", high=1000)
     value_epochs: int = option(4, "passes over each batch to fit `value`")
-    minibatches: int = option(4, "parts into which each pass splits the batch", 1)
+    minibatches: int = option(4, "parts into which each pass splits the batch", low=1)
     watch: bool = option(False, "in the end, show the policy in a window")
-    learning_rate: float = option(2.4e-2, "learning rate of the policy; falls to 0", 0, 1000)
+    learning_rate: float = option(2.4e-2, "learning rate of the policy; falls to 0", high=1000)
 
-    def __post_init__(self):
+    def __post_init__(self):  # runs when the fields have been set
         for setting in fields(self):
             given = getattr(self, setting.name)
             low, high = setting.metadata["range"]
@@ -117,8 +114,8 @@ def backward(network, activations, grad_outputs):
 
 
 def adam(network, gradient, learning_rate):
-    """One step uphill (Kingma & Ba 2015, algorithm 1). For each parameter, m is a mean of recent
-    gradients, v of their squares: m / sqrt(v) is 1 or -1 if all are equal, near 0 if signs vary."""
+    """One step uphill, by learning_rate * m / sqrt(v) (Kingma & Ba 2015, algorithm 1). m is a mean
+    of each parameter's recent gradients, v of their squares. So the gradients' scale cancels."""
     network.adam_steps += 1
     network.adam_m = 0.9 * network.adam_m + 0.1 * gradient
     network.adam_v = 0.999 * network.adam_v + 0.001 * gradient**2
@@ -170,27 +167,27 @@ def make_env(settings, num_envs, **options):
     action_space = env.single_action_space
     if not isinstance(action_space, gym.spaces.Discrete) or action_space.start != 0:
         raise ValueError(f"env must have Discrete actions from 0 on, not {action_space}")
-    autoreset = env.metadata.get("autoreset_mode")  # None if it does not say
-    if autoreset is not None and autoreset.name != "NEXT_STEP":  # see `Experience`
+    autoreset = env.metadata.get("autoreset_mode")  # None in Gymnasium 1.0, which resets like this
+    if autoreset is not None and autoreset.name != "NEXT_STEP":  # see `play`
         raise ValueError("env must reset one step late (autoreset mode NEXT_STEP)")
     return env
 
 
 class Experience:
     def __init__(self, settings, rng):
-        """Environments side by side, whose episodes go on from batch to batch. Each step is a row.
-        If step 7 ends an episode, it leads to the last state, s8, whose value `gae` may need. Then
-        the environment resets itself: step 8 ignores its action, and leads to a new first state.
-            row 7:  s7, action taken,    terminated (by the task) or truncated (by a time limit)
-            row 8:  s8, action ignored,  resetting: no real step, `collect` drops it"""
+        """Environments side by side, whose episodes go on from batch to batch."""
         env = make_env(settings, settings.num_envs)
-        self.env = gym.wrappers.vector.RecordEpisodeStatistics(env)  # keeps the last 100 returns
+        self.env = gym.wrappers.vector.RecordEpisodeStatistics(env, buffer_length=100)
         self.states, _ = self.env.reset(seed=int(rng.integers(2**31)))  # [N, D]
         self.resetting = np.zeros(settings.num_envs, bool)  # [N], True where the next step resets
 
     def play(self, policy, horizon, rng):
-        """Take T = horizon steps. Return states [T, N, D], actions, rewards, terminated, truncated,
-        resetting [T, N], and where the last step has led: last_states [N, D]."""
+        """T = horizon steps, a row each. Returns states [T, N, D]; actions, rewards, terminated,
+        truncated, resetting [T, N]; and where the last step has led: last_states [N, D].
+        If row 7 ends an episode, the environment uses row 8 to begin a new one:
+            row 7:  s7, action taken,    terminated (by the task) or truncated (by a time limit)
+            row 8:  s8, action ignored,  resetting: leads to the first state of the new episode
+        Row 8 is no real step, and `collect` drops it. But `gae` may need s8, where row 7 led."""
         rows = []
         for _ in range(horizon):
             actions = sample_actions(policy, self.states, rng)
@@ -198,22 +195,25 @@ class Experience:
             rows.append((self.states, actions, rewards, terminated, truncated, self.resetting))
             self.states = next_states
             self.resetting = terminated | truncated
-        columns = [np.array(column) for column in zip(*rows)]  # T rows of 6 to 6 columns of T
+        columns = [np.array(column) for column in zip(*rows)]  # zip: T rows of 6 to 6 columns of T
         return [*columns, self.states]
 
 
 # --- 5. Values and advantages ---------------------------------------------------------------------
 def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     """Generalized advantage estimation (Schulman et al. 2016): Â [T, N], from values [T + 1, N]
-    (their last row: where the last step led). With n rewards, an estimate of A(s_t, a_t) is
-        r_t + gamma r_{t+1} + ... + gamma^{n-1} r_{t+n-1} + gamma^n value(s_{t+n}) - value(s_t)
-        = error_t + gamma error_{t+1} + ... + gamma^{n-1} error_{t+n-1}  (values between cancel),
-    with the temporal-difference (TD) errors error_t = r_t + gamma value(s_{t+1}) - value(s_t). The
-    larger n, the less a wrong `value` matters, but the more noise comes in. GAE is a mean over all
-    n with the weights (1 - lambda) lambda^{n-1}, lambda < 1. error_{t+k} occurs if n > k: it weighs
-    (1 - lambda) (lambda^k + lambda^{k+1} + ...) = lambda^k. So, up to the end of episode or batch,
+    (their last row: where the last step led). The temporal-difference (TD) error
+        error_t = r_t + gamma value(s_{t+1}) - value(s_t)
+    estimates A(s_t, a_t) from one reward. From two, it is, as gamma value(s_{t+1}) cancels,
+        r_t + gamma r_{t+1} + gamma^2 value(s_{t+2}) - value(s_t) = error_t + gamma error_{t+1}.
+    More rewards rely less on `value`, but are noisier. GAE is a weighted mean of all estimates:
+        1 reward:   error_t                                            weight  1 - lambda
+        2 rewards:  error_t + gamma error_{t+1}                        weight (1 - lambda) lambda
+        3 rewards:  error_t + gamma error_{t+1} + gamma^2 error_{t+2}  weight (1 - lambda) lambda^2
+    and so on; the weights add up to 1 (lambda < 1). error_{t+1} is in all lines but the first: it
+    weighs 1 - (1 - lambda) = lambda. error_{t+2} is in all but two: it weighs lambda^2. So
         Â_t = error_t + gamma lambda error_{t+1} + (gamma lambda)^2 error_{t+2} + ...
-            = error_t + gamma lambda Â_{t+1}."""
+            = error_t + gamma lambda Â_{t+1},      up to the end of the episode or batch."""
     # Terminated: nothing more is earned. Truncated: `value` says what would have been earned.
     next_values = np.where(terminated, 0, values[1:])  # [T, N]
     td_errors = rewards + gamma * next_values - values[:-1]
@@ -282,8 +282,7 @@ def train(settings, policy):
     """Train `policy`, in place. A generator: each turn of `for row in train(...)` is an update."""
     start = time.perf_counter()
     rng = np.random.default_rng([settings.seed, 1])  # another stream; `main` has 2 and 3
-    D, H, _ = policy.sizes
-    value = Network((D, H, 1), 1.0, rng)
+    value = Network((*policy.sizes[:2], 1), 1.0, rng)  # as wide as the policy, one output
     experience = Experience(settings, rng)
     steps = 0
     update = 0
@@ -320,7 +319,7 @@ def report(policy, theta_old, batch, experience):
 
 # --- 8. Evaluation and command line ---------------------------------------------------------------
 def evaluate(policy, env, rng, max_steps=1000):
-    """The rewards' sum [N] in the first episode of each environment, by the likeliest actions."""
+    """Sum of rewards [N] in each environment's first episode, if the likeliest actions play it."""
     states, _ = env.reset(seed=int(rng.integers(2**31)))
     returns = np.zeros(env.num_envs)
     running = np.ones(env.num_envs, bool)
