@@ -1,16 +1,16 @@
 """Proximal policy optimization (PPO-Clip): several steps with each batch, not far from its policy.
 
 pi_old(a|s), a neural network with weights theta_old, has played a batch of steps. V(s) is the mean
-of its return from s on, r_0 + gamma r_1 + gamma^2 r_2 + ... The advantage A(s, a) is how much more
-it is if a comes first and then pi_old plays on; Â estimates A (see `gae`). REINFORCE moves theta
-along g = mean of Â * gradient of log pi (without gamma^t, as is usual): one step, for g needs
-actions drawn from the present policy. How can the batch serve for more?
-Let a policy pi, with other weights theta, choose one action, in s, and pi_old the rest. This adds
+of its discounted return from s on. The advantage A(s, a) is how much more this is if a comes first
+and then pi_old plays on; Â estimates it (see `gae`). REINFORCE moves theta along g = mean of Â *
+gradient of log pi: one step, as g needs actions of the present policy. How to go on with the batch?
+In s, let pi, with other weights theta, choose the action, and pi_old all later ones. This adds
     sum_a pi(a|s) A(s, a)  =  sum_a pi_old(a|s) * ratio * A(s, a),    ratio = pi(a|s) / pi_old(a|s),
-to the mean return. The batch's actions are those of pi_old, so its mean of ratio * Â estimates it.
-At theta_old it has the gradient g: gradient of ratio = ratio * gradient of log pi, and ratio = 1.
-But if pi chooses all actions, it meets other states. The return may fall while this mean rises,
-unless pi acts nearly as pi_old. So PPO takes away what a ratio would gain far from 1, and maximizes
+to the mean return from s on. As pi_old has chosen the batch's actions, the mean of ratio * Â over
+the batch estimates the mean of this over its states. At theta_old it has the gradient g, as there
+gradient of ratio = ratio * gradient of log pi, and ratio = 1. But if pi chooses all actions, other
+states come. The return may fall while this mean rises, unless pi acts nearly as pi_old. So
+PPO takes away what a ratio would gain far from 1, and maximizes
 
     L(theta)  =  mean over the batch of  min( ratio * Â,  clipped ratio * Â )           (equation 7)
 
@@ -76,7 +76,7 @@ class Settings:
 # in a state, H hidden units, K outputs (of a policy: one per action), P parameters.
 class Network:
     def __init__(self, sizes, last_gain, rng):
-        """A tanh layer, then a linear one. The outputs of the policy are its logits (section 3)."""
+        """A tanh layer, then a linear one. Outputs: value(s), or a policy's logits (section 3)."""
         D, H, K = sizes
         self.sizes = sizes
         # A sum of D random numbers of size 1 has about the size sqrt(D). Dividing keeps it at 1.
@@ -135,18 +135,17 @@ def adam(network, gradient, learning_rate):
 
 # --- 3. Policy ------------------------------------------------------------------------------------
 def log_softmax(logits):
-    """log pi(a|s) = z_a - log sum_j exp(z_j)  [B, K], as pi(a|s) = exp(z_a) / sum_j exp(z_j)."""
+    """log pi(a|s) [B, K] of logits z (any numbers), from pi(a|s) = exp(z_a) / sum_j exp(z_j)."""
     return logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)  # log sum_j exp, no overflow
 
 
 def sample_actions(policy, states, rng):
-    """Draw an action for each state. Lay the actions' probabilities end to end, from 0 to 1, and
-    pick a random point. It lies in the part of action n if n parts end before it."""
+    """Draw an action for each state. Probabilities 0.2, 0.5, 0.3, laid end to end, end at 0.2, 0.7
+    and 1. A random point between 0 and 1, say 0.6, has one end before it: that gives action 1."""
     logits, _ = forward(policy, states)
     ends = np.exp(log_softmax(logits)).cumsum(axis=1)  # [N, K]
     points = rng.random((len(states), 1))
-    # The last end is left out: rounded below 1, it could give action K, which does not exist.
-    return (points >= ends[:, :-1]).sum(axis=1)
+    return (points >= ends[:, :-1]).sum(axis=1)  # all ends but the last: 1, or rounded below
 
 
 def kl(log_probs_old, log_probs_new):
@@ -157,7 +156,7 @@ def kl(log_probs_old, log_probs_new):
 
 def policy_gradient(policy, activations, log_probs, actions, coefficients):
     """The gradient by theta [P] of the mean over the batch of coefficient * log pi(a|s), where the
-    coefficients [B] are given numbers. With logits z, log pi(a|s) = z_a - log sum_j exp(z_j), so
+    coefficients [B] count as constants. With logits z, log pi(a|s) = z_a - log sum_j exp(z_j), so
         d log pi(a|s) / dz_k = (1 if k = a, else 0) - pi(k|s)."""
     grad_log_prob = -np.exp(log_probs)  # [B, K]
     grad_log_prob[np.arange(len(actions)), actions] += 1  # in row i the column actions[i]
@@ -175,8 +174,8 @@ def make_env(settings, num_envs, **options):
     action_space = env.single_action_space
     if not isinstance(action_space, gym.spaces.Discrete) or action_space.start != 0:
         raise ValueError(f"env must have Discrete actions from 0 on, not {action_space}")
-    autoreset = env.metadata.get("autoreset_mode")  # None in Gymnasium 1.0, which resets like this
-    if autoreset is not None and autoreset.name != "NEXT_STEP":  # see `play`
+    autoreset = env.metadata.get("autoreset_mode")  # None (Gymnasium 1.0) means NEXT_STEP
+    if autoreset is not None and autoreset.name != "NEXT_STEP":  # `play` says what it is
         raise ValueError("env must reset one step late (autoreset mode NEXT_STEP)")
     return env
 
@@ -185,6 +184,7 @@ class Experience:
     def __init__(self, settings, rng):
         """Environments side by side, whose episodes go on from batch to batch."""
         env = make_env(settings, settings.num_envs)
+        # A wrapper that also counts the episodes and keeps the last 100 returns, for `report`:
         self.env = gym.wrappers.vector.RecordEpisodeStatistics(env, buffer_length=100)
         self.states, _ = self.env.reset(seed=int(rng.integers(2**31)))  # [N, D]
         self.resetting = np.zeros(settings.num_envs, bool)  # [N], True where the next step resets
@@ -192,10 +192,10 @@ class Experience:
     def play(self, policy, horizon, rng):
         """T = horizon steps, a row each. Returns states [T, N, D]; actions, rewards, terminated,
         truncated, resetting [T, N]; and where the last step has led: last_states [N, D].
-        If row 7 ends an episode, the environment uses row 8 to begin a new one:
+        If row 7 of an environment ends an episode, it takes row 8 to begin a new one (NEXT_STEP):
             row 7:  s7, action taken,    terminated (by the task) or truncated (by a time limit)
             row 8:  s8, action ignored,  resetting: leads to the first state of the new episode
-        Row 8 is no real step, and `collect` drops it. But `gae` may need s8, where row 7 led."""
+        Row 8 is no real step: `collect` drops it. But if row 7 was truncated, `gae` needs s8."""
         rows = []
         for _ in range(horizon):
             actions = sample_actions(policy, self.states, rng)
@@ -203,25 +203,26 @@ class Experience:
             rows.append((self.states, actions, rewards, terminated, truncated, self.resetting))
             self.states = next_states
             self.resetting = terminated | truncated
-        columns = [np.array(column) for column in zip(*rows)]  # zip: T rows of 6 to 6 columns of T
+        columns = [np.array(column) for column in zip(*rows)]  # all states, all actions, ...
         return [*columns, self.states]
 
 
 # --- 5. Values and advantages ---------------------------------------------------------------------
 def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     """Generalized advantage estimation (Schulman et al. 2016): Â [T, N], from values [T + 1, N]
-    (their last row: where the last step led). The temporal-difference (TD) error
+    (their last row: where the last step led). A(s_t, a_t) is the mean of r_t + gamma V(s_{t+1}),
+    minus V(s_t). So the temporal-difference (TD) error estimates it, with one reward:
         error_t = r_t + gamma value(s_{t+1}) - value(s_t)
-    estimates A(s_t, a_t) from one reward. From two, it is, as gamma value(s_{t+1}) cancels,
-        r_t + gamma r_{t+1} + gamma^2 value(s_{t+2}) - value(s_t) = error_t + gamma error_{t+1}.
+    With two rewards, the estimate is a sum of two errors, in which gamma value(s_{t+1}) cancels:
+        r_t + gamma r_{t+1} + gamma^2 value(s_{t+2}) - value(s_t) = error_t + gamma error_{t+1}
     More rewards rely less on `value`, but are noisier. GAE is a weighted mean of all estimates:
         1 reward:   error_t                                            weight  1 - lambda
         2 rewards:  error_t + gamma error_{t+1}                        weight (1 - lambda) lambda
         3 rewards:  error_t + gamma error_{t+1} + gamma^2 error_{t+2}  weight (1 - lambda) lambda^2
-    and so on; the weights add up to 1 (lambda < 1). error_{t+1} is in all lines but the first: it
-    weighs 1 - (1 - lambda) = lambda. error_{t+2} is in all but two: it weighs lambda^2. So
+    and so on; the longest, up to the end of episode or batch, gets all the weight that is left of
+    1. error_{t+1}, in all lines but one, weighs 1 - (1 - lambda) = lambda; error_{t+2} lambda^2. So
         Â_t = error_t + gamma lambda error_{t+1} + (gamma lambda)^2 error_{t+2} + ...
-            = error_t + gamma lambda Â_{t+1},      up to the end of the episode or batch."""
+            = error_t + gamma lambda Â_{t+1}."""
     # Terminated: nothing more is earned. Truncated: `value` says what would have been earned.
     next_values = np.where(terminated, 0, values[1:])  # [T, N]
     td_errors = rewards + gamma * next_values - values[:-1]
@@ -248,8 +249,8 @@ def collect(experience, policy, value, settings, rng):
     batch.actions = actions[real]
     batch.values = values[:-1][real]  # only for `report`
     batch.targets = targets[real]
-    # Normalize Â: usual, not derived. Subtracting the mean is like a baseline, but may flip signs.
-    # Dividing lets no batch dominate the means of `adam`. (In trpo.py it does not change the step.)
+    # Normalize Â, as is customary. The mean acts as one more baseline (some Â > 0 become < 0). The
+    # division lets batches count alike in the means of `adam`. (It does not change TRPO's step.)
     advantages = advantages[real]
     batch.advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     logits, _ = forward(policy, batch.states)
@@ -314,7 +315,7 @@ def initial_policy(settings):
 
 
 def train(settings, policy):
-    """Train `policy`, in place. A generator: each turn of `for row in train(...)` is an update."""
+    """Train `policy`, in place. A generator: it does one update for each turn of a loop over it."""
     start = time.perf_counter()
     rng = np.random.default_rng([settings.seed, 1])  # another stream; `main` has 2 and 3
     value = Network((*policy.sizes[:2], 1), 1.0, rng)  # as wide as the policy, one output
@@ -336,12 +337,12 @@ def train(settings, policy):
 
 
 def report(policy, theta_old, batch, experience):
-    """Figures of an update. (compare.py saves all of them, `main` prints some.)"""
+    """Figures of an update. Its returns are without gamma, as is usual: what one wants to see."""
     logits, _ = forward(policy, batch.states)
-    returns = experience.env.return_queue  # of the last 100 episodes, not discounted
+    returns = experience.env.return_queue  # of the last 100 episodes
     entropies = -(np.exp(batch.log_probs_old) * batch.log_probs_old).sum(axis=1)  # [B], in nats
     variance = float(batch.targets.var())
-    unexplained = float((batch.targets - batch.values).var())  # by `value`, before the fit
+    unexplained = float((batch.targets - batch.values).var())  # 0 if `value` predicts the targets
     return {
         "episodes": int(experience.env.episode_count),
         "episode_return": float(np.mean(returns)) if returns else np.nan,
@@ -354,7 +355,7 @@ def report(policy, theta_old, batch, experience):
 
 # --- 8. Evaluation and command line ---------------------------------------------------------------
 def evaluate(policy, env, rng, max_steps=1000):
-    """Sum of rewards [N] in each environment's first episode, if the likeliest actions play it."""
+    """Sum of rewards [N] in each first episode (its first max_steps), by the likeliest actions."""
     states, _ = env.reset(seed=int(rng.integers(2**31)))
     returns = np.zeros(env.num_envs)
     running = np.ones(env.num_envs, bool)
@@ -392,8 +393,8 @@ def main():
     for row in train(settings, policy):
         if row["update"] % 5 == 1:
             print(line.format(**row), flush=True)
-        is_solved = row["episodes"] >= 100 and row["episode_return"] >= threshold
-        if is_solved and solved_after == "never":
+        solved = row["episodes"] >= 100 and row["episode_return"] >= threshold
+        if solved and solved_after == "never":
             solved_after = f"after {row['steps']} steps"
     if threshold < np.inf:
         print(f"mean of 100 training episodes at {threshold:g}: {solved_after}")
