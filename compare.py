@@ -2,26 +2,25 @@
 # requires-python = ">=3.10"
 # dependencies = ["numpy>=1.26", "gymnasium>=1.0", "matplotlib>=3.8"]
 # ///
-"""Which variant of a script learns, how reliably, and how far does an update move its actions? A
-variant is a script with options. Luck decides much, so it is trained with several seeds.
+"""Which variant of a script learns, how reliably, and how much does an update change its actions'
+probabilities? A variant is a script with options. Luck decides much: each gets several seeds.
 
     python compare.py                                    vpg, trpo and ppo as they are
     python compare.py ppo "ppo --clip inf" --seeds 10    two variants, each with 10 seeds
     python compare.py compare.csv                        draw again what was trained
     python compare.py compare.csv "ppo --clip 0.1"       train one more, and add it to compare.csv
 
-variants (section 1) -> runs, one per seed (2) -> CSV (3) -> table (4), picture (5)
-The CSV has a row per update. It does not have --steps: combine only files of the same --steps.
+variants (section 1) -> runs, one per seed (2) -> CSV (3) -> table (4), picture (5): see README.md
 """
 
 import os
 import signal
 
-# Runs import this file as __mp_main__. Ctrl-C reaches all processes; only the main one is to react.
+# A run is a process (section 2), which imports this file as __mp_main__. It is to ignore Ctrl-C.
 if __name__ == "__mp_main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before NumPy: one thread suits small arrays
-os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")  # it would warn after Ctrl-C
+os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")  # of the runs, after Ctrl-C
 import argparse
 import csv
 import sys
@@ -39,9 +38,9 @@ from pathlib import Path
 
 import numpy as np
 
-# kl: Kullback-Leibler divergence sum_a pi_old(a|s) log(pi_old(a|s) / pi_new(a|s)), a mean over the
-# batch's states. 0: the policy acts as before the update; larger: more differently. step_norm: the
-# length of theta_new - theta_old, its weights. episode_return: the mean of the last 100 episodes.
+# steps, episodes, seconds: since the run began. episode_return: mean return of 100 episodes.
+# kl: sum_a pi_old(a|s) log(pi_old(a|s) / pi_new(a|s)), mean over a batch's states; 0 if the policy
+# acts as before the update. step_norm: how far theta, a vector of the policy's weights, has moved.
 NUMBERS = ["update", "steps", "episodes", "episode_return", "kl", "step_norm", "seconds"]
 
 
@@ -84,8 +83,8 @@ def check(options):
 
 
 def read_variant(text, options):
-    """Check a variant. Return its labels, with the first seed, and its settings as one text.
-    A script must have `parse`, `make_env`, `initial_policy` and `train`, as in vpg.py."""
+    """Check a variant. Return the labels for its rows, with the first seed, and a text that equal
+    variants share. Scripts must have `parse`, `make_env`, `initial_policy`, `train`: see vpg.py."""
     script, *typed = text.split() or [""]  # "ppo --clip 0.1" -> "ppo" and ["--clip", "0.1"]
     script = script.removesuffix(".py")
     scripts = {path.stem for path in Path(__file__).parent.glob("*.py")} - {"compare", "test_smoke"}
@@ -99,7 +98,7 @@ def read_variant(text, options):
         refuse(f"{' '.join([text, *options.shared])!r}: {printed.getvalue().split('error: ')[-1]}")
     if settings.watch:
         refuse(f"{text!r}: --watch is for a single run, of the script itself")
-    spec = module.make_env(settings, 1).spec  # its id, and the return that counts as solved
+    spec = module.make_env(settings, 1).spec  # has its id, and the return that counts as solved
     labels = {"variant": " ".join([script, *typed]), "env": spec.id}
     labels["threshold"] = "" if spec.reward_threshold is None else str(spec.reward_threshold)
     return labels | {"seed": str(settings.seed)}, f"{script} {settings}"
@@ -126,7 +125,7 @@ def read_variants(options, rows):
 
 # --- 2. Runs --------------------------------------------------------------------------------------
 def train_all(variants, options):
-    """Generator: the rows of each run, as soon as it has ended. --jobs of them run at a time."""
+    """Generator: the rows of each run, when it ends. --jobs threads wait for a process each."""
     with ThreadPoolExecutor(options.jobs) as threads:
         futures = []
         for number in range(options.seeds):
@@ -138,16 +137,16 @@ def train_all(variants, options):
 
 
 def train_alone(labels, shared):
-    """A run, in a pool with one process: if the process is killed, no other run is lost with it."""
-    with ProcessPoolExecutor(1, get_context("spawn"), watch_main_process) as process:
+    """A run, in a pool of one process: if that is killed, the pool is lost, but no other run."""
+    with ProcessPoolExecutor(1, get_context("spawn"), watch_main_process) as pool:
         try:
-            return process.submit(train, labels, shared).result()
+            return pool.submit(train, labels, shared).result()
         except BrokenProcessPool:
             return [labels | {"update": "", "error": "its process was killed"}]  # rows are lost
 
 
 def watch_main_process():
-    """If the main process ends, even if it is killed, a thread ends the process of the run, too."""
+    """A thread in a run's process ends it when the main process ends, even if that is killed."""
     threading.Thread(target=end_with_main_process, daemon=True).start()
 
 
@@ -241,24 +240,24 @@ def column(rows, name):
 
 # --- 4. Table -------------------------------------------------------------------------------------
 def solved_after(run):
-    """After how many updates the mean of 100 episodes first is at the threshold. None if never."""
+    """After how many updates the mean of 100 episodes first, if only once, is at the threshold."""
     threshold = float(run[0]["threshold"] or "inf")  # some environments have none
     solved = (column(run, "episodes") >= 100) & (column(run, "episode_return") >= threshold)
     return int(np.argmax(solved)) + 1 if solved.any() else None  # argmax: where the first True is
 
 
 def has_collapsed(run):
-    """Whether a run lost half of its best gain, if that was a fifth of the way to the threshold."""
+    """Whether a run ever lost half of its gain, if that was a fifth of the way to the threshold."""
     threshold = float(run[0]["threshold"] or "inf")
     returns = column(run, "episode_return")[column(run, "episodes") >= 100]
-    first = returns[:1]  # [1], or [0] if 100 episodes have never ended
-    gain = np.maximum.accumulate(returns) - first  # the best mean so far - the first one
-    is_enough = (gain > 0) & (gain >= abs(threshold - first) / 5)
+    first = returns[:1]  # a slice: it is empty if no 100 episodes have ended
+    gain = np.maximum.accumulate(returns) - first  # the best until then - the first
+    is_enough = (gain > 0) & (gain >= abs(threshold - first) / 5)  # abs: first may be above
     return bool((is_enough & (returns - first <= gain / 2)).any())
 
 
 def interquartile_mean(values):
-    """The mean without the lowest and the highest quarter, rounded down: of 5 values, without 2."""
+    """The mean of the middle half: of 20 values, without the 5 lowest and the 5 highest."""
     quarter = len(values) // 4
     return np.mean(np.sort(values)[quarter : len(values) - quarter])
 
@@ -269,7 +268,7 @@ def as_text(statistic, values, layout):
 
 
 def summarize(rows):
-    """A variant's line of the table, by heading. A run that failed counts with the rows it has."""
+    """A variant's line of the table. A run that failed counts with the rows it has, if any."""
     runs = list(group(rows, "seed").values())
     solved = [run[solved_after(run) - 1] for run in runs if solved_after(run)]
     never = [np.inf] * (len(runs) - len(solved))  # unsolved counts as solved infinitely late
@@ -332,7 +331,7 @@ def draw(rows):
 
 def draw_curve(axis, rows, name, style):
     """The median of each window and, as a band, its middle half. A window holds the updates of all
-    seeds in a 40th of the training; of runs that have failed, only those before they did."""
+    seeds in a 40th of the longest run; of runs that have failed, only those before they did."""
     numbers = column(rows, name)
     steps = column(rows, "steps") / 1000
     updates = column(rows, "update")
@@ -350,8 +349,9 @@ def draw_curve(axis, rows, name, style):
 def label_axes(panels, rows):
     """Titles, axes and units of the curves, and lines to read them against."""
     steps = {"xlabel": f"thousand steps in {rows[0]['env']}", "xlim": (0, None)}
-    panels["return"].set(title="Mean return of the last 100 episodes (grey line: solved)", **steps)
-    panels["kl"].set(title="KL of an update: median, middle half (all seeds)", **steps)
+    title = "Mean return of 100 episodes: median, middle half of all seeds' updates (line: solved)"
+    panels["return"].set(title=title, **steps)
+    panels["kl"].set(title="KL of an update: median, middle half", **steps)
     panels["return"].legend(loc="lower center", bbox_to_anchor=(0.5, 1.1), ncols=2, handlelength=4)
     panels["return"].axhline(float(rows[0]["threshold"] or "nan"), color="0.3")  # nan: no line
     highest = max(0.1, 2 * max(column(rows, "kl")))
@@ -360,17 +360,17 @@ def label_axes(panels, rows):
 
 
 def mark_slice(axis, step_norms, kl):
-    """Mark updates, of all variants, of nearly equal step_norm, and how much their KL differs."""
-    axis.set_title("Do equal steps change behavior equally?")
+    """Show how unequal the KL is of updates that change theta nearly equally (of all variants)."""
+    axis.set_title("Do equal changes of θ change behavior equally?")
     axis.set(xlim=(1e-4, max(10, max(step_norms))), xscale="log", xlabel="step_norm: ‖Δθ‖")
-    visible = kl > SMALL
+    visible = kl > SMALL  # the panel shows no others
     if visible.any():  # else there is nothing to mark
         middle = np.percentile(step_norms[visible], 50, method="nearest")  # a real update's
         inside = kl[visible & (0.9 * middle < step_norms) & (step_norms < 1.1 * middle)]
         axis.axvspan(0.9 * middle, 1.1 * middle, color="0.85", zorder=0)
         low, high = np.percentile(inside, (5, 95))
         axis.vlines(middle, low, high, color="black", linewidth=2)
-        text = f"step_norm {middle:.2g} ± 10 %:\n9 of 10 have KL {low:.1g} to {high:.1g}"
+        text = f"‖Δθ‖ {middle:.2g} ± 10 %:\n9 of 10 updates have KL {low:.1g} to {high:.1g}"
         axis.text(0.03, 0.97, text, va="top", transform=axis.transAxes)
 
 
@@ -396,5 +396,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C: 128 + 2, the signal's number
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C: at once, without waiting
     sys.exit(main())
