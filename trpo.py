@@ -3,13 +3,13 @@
 pi_old(a|s), a neural network with weights theta_old, has played a batch of steps. V(s) is the mean
 of its discounted return from s on. The advantage A(s, a) is how much more this is if a comes first
 and then pi_old plays on; Â estimates it (see `gae`). REINFORCE moves theta along g = mean of Â *
-gradient of log pi. But how far?
-In s, let pi, with other weights theta, choose the action, and pi_old all later ones. This adds
-    sum_a pi(a|s) A(s, a)  =  sum_a pi_old(a|s) * ratio * A(s, a),    ratio = pi(a|s) / pi_old(a|s),
-to the mean return from s on. As pi_old has chosen the batch's actions, the mean of ratio * Â over
-the batch estimates the mean of this over its states. At theta_old it has the gradient g, as there
-gradient of ratio = ratio * gradient of log pi, and ratio = 1. But if pi chooses all actions, other
-states come; the return may fall while this mean rises, unless pi acts nearly as pi_old. TRPO will
+gradient of log pi. But how far? Let pi, with other weights theta, choose the action in s, and
+pi_old all later ones. This adds to the mean return
+    sum_a pi(a|s) A(s, a)  =  sum_a pi_old(a|s) * ratio * A(s, a),    ratio = pi(a|s) / pi_old(a|s).
+pi_old has drawn the batch's actions, so its mean of ratio * Â estimates this sum, averaged over its
+states. At theta_old, the mean has the gradient g: ratio = 1, and gradient of ratio = ratio *
+gradient of log pi. But if pi chooses every action, it comes to other states. The return may fall
+while the mean rises, unless pi stays close to pi_old. So TRPO will
     maximize    the surrogate L(theta): the batch's mean of ratio * Â
     subject to  mean over the batch's states of  KL = sum_a pi_old log(pi_old / pi)  <=  delta.
 
@@ -43,7 +43,7 @@ class Settings:
     num_envs: int = option(16, "environments that run side by side", low=1)
     horizon: int = option(48, "steps of each environment in a batch, resets included", low=2)
     gamma: float = option(0.99, "discount factor", high=1)
-    gae_lambda: float = option(0.99, "see `gae`. 0: rely on `value`; 1: on the rewards", high=1)
+    gae_lambda: float = option(0.99, "0: one reward, then `value`; 1: all rewards (`gae`)", high=1)
     hidden: int = option(64, "units in the hidden layer", low=1)
     value_learning_rate: float = option(2e-2, "learning rate of `value`; falls to 0", high=1000)
     value_epochs: int = option(4, "passes over each batch to fit `value`")
@@ -100,7 +100,7 @@ def forward(network, inputs):
 
 
 def backward(network, activations, grad_outputs):
-    """dy / d theta [P] of a number y, from grad_outputs = dy / d outputs [B, K]: the chain rule."""
+    """dy/dtheta [P] of a number y that depends on the outputs, from grad_outputs = dy/doutputs."""
     _, _, W2, _ = unflatten(network.theta, network.sizes)
     inputs, hidden = activations
     # Differentiate outputs[i, k] = sum_h hidden[i, h] * W2[h, k] + b2[k]:
@@ -128,7 +128,7 @@ def adam(network, gradient, learning_rate):
 
 # --- 3. Policy ------------------------------------------------------------------------------------
 def log_softmax(logits):
-    """log pi(a|s) [B, K] of logits z (any numbers), from pi(a|s) = exp(z_a) / sum_j exp(z_j)."""
+    """The policy: pi(a|s) = exp(z_a) / sum_j exp(z_j) of logits z, any numbers. Returns log pi."""
     return logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)  # log sum_j exp, no overflow
 
 
@@ -138,7 +138,7 @@ def sample_actions(policy, states, rng):
     logits, _ = forward(policy, states)
     ends = np.exp(log_softmax(logits)).cumsum(axis=1)  # [N, K]
     points = rng.random((len(states), 1))
-    return (points >= ends[:, :-1]).sum(axis=1)  # all ends but the last: 1, or rounded below
+    return (points >= ends[:, :-1]).sum(axis=1)  # the last end, 1 but for rounding, does not count
 
 
 def kl(log_probs_old, log_probs_new):
@@ -151,9 +151,9 @@ def policy_gradient(policy, activations, log_probs, actions, coefficients):
     """The gradient by theta [P] of the mean over the batch of coefficient * log pi(a|s), where the
     coefficients [B] count as constants. With logits z, log pi(a|s) = z_a - log sum_j exp(z_j), so
         d log pi(a|s) / dz_k = (1 if k = a, else 0) - pi(k|s)."""
-    grad_log_prob = -np.exp(log_probs)  # [B, K]
-    grad_log_prob[np.arange(len(actions)), actions] += 1  # in row i the column actions[i]
-    grad_logits = coefficients[:, None] * grad_log_prob / len(actions)  # [B, K], / B for the mean
+    taken = np.arange(log_probs.shape[1]) == actions[:, None]  # [B, K], True (1) where k = a
+    derivatives = taken - np.exp(log_probs)  # [B, K]
+    grad_logits = coefficients[:, None] * derivatives / len(actions)  # [B, K], / B for the mean
     return backward(policy, activations, grad_logits)
 
 
@@ -186,8 +186,8 @@ class Experience:
         """T = horizon steps, a row each. Returns states [T, N, D]; actions, rewards, terminated,
         truncated, resetting [T, N]; and where the last step has led: last_states [N, D].
         If row 7 of an environment ends an episode, it takes row 8 to begin a new one (NEXT_STEP):
-            row 7:  s7, action taken,    terminated (by the task) or truncated (by a time limit)
-            row 8:  s8, action ignored,  resetting: leads to the first state of the new episode
+            row 7:  s7, action taken, to s8; terminated (by the task) or truncated (by time limit)
+            row 8:  s8, action ignored, to the first state of the new episode; resetting
         Row 8 is no real step: `collect` drops it. But if row 7 was truncated, `gae` needs s8."""
         rows = []
         for _ in range(horizon):
@@ -212,8 +212,8 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
         1 reward:   error_t                                            weight  1 - lambda
         2 rewards:  error_t + gamma error_{t+1}                        weight (1 - lambda) lambda
         3 rewards:  error_t + gamma error_{t+1} + gamma^2 error_{t+2}  weight (1 - lambda) lambda^2
-    and so on; the longest, up to the end of episode or batch, gets all the weight that is left of
-    1. error_{t+1}, in all lines but one, weighs 1 - (1 - lambda) = lambda; error_{t+2} lambda^2. So
+    and so on; the longest, to the end of episode or batch, gets the rest of 1. The lines that have
+    error_{t+1} weigh 1 - (1 - lambda) = lambda together, those with error_{t+2} lambda^2. So
         Â_t = error_t + gamma lambda error_{t+1} + (gamma lambda)^2 error_{t+2} + ...
             = error_t + gamma lambda Â_{t+1}."""
     # Terminated: nothing more is earned. Truncated: `value` says what would have been earned.
@@ -242,12 +242,12 @@ def collect(experience, policy, value, settings, rng):
     batch.actions = actions[real]
     batch.values = values[:-1][real]  # only for `report`
     batch.targets = targets[real]
-    # Normalize Â, as is customary. The mean acts as one more baseline (some Â > 0 become < 0). The
-    # division lets batches count alike in the means of `adam`. (It does not change TRPO's step.)
+    # Normalize Â, as is customary. Subtracting the mean is like one more baseline. By the division,
+    # the size of the rewards does not matter to the policy's step.
     advantages = advantages[real]
     batch.advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     logits, _ = forward(policy, batch.states)
-    batch.log_probs_old = log_softmax(logits)  # [B, K], of the policy that has played
+    batch.log_probs_old = log_softmax(logits)  # [B, K], of the policy that has played; see `report`
     return batch
 
 
@@ -268,7 +268,7 @@ def fit_value(value, batch, settings, rate_factor, rng):
 #     KL                ≈  step . F step / 2     F [P, P]: second derivatives, the Fisher matrix
 # (The KL has no linear term: at theta_old it is 0, its least value, so its gradient is 0.)
 # Which step makes g . step largest, if step . F step / 2 = delta? By Lagrange's method:
-# 1. The gradients of both by step are parallel there: g = m F step, with a number m > 0.
+# 1. The gradients of both by step are parallel there: g = mu F step, with a number mu > 0.
 # 2. So step = c x, where c > 0 and F x = g. (x is the natural gradient.)
 # 3. Then c^2 x . F x / 2 = delta, so c = sqrt(2 delta / (x . F x)).
 # But if directions hardly change the KL, x may be huge along them, where these terms do not hold.
@@ -286,19 +286,19 @@ def jacobian_vector_product(policy, activations, vector):
 def fisher_vector_product(policy, activations, probs, vector):
     """F v [P]. In a state with logits z [K] and probabilities p [K] (p_old at theta_old):
     1. KL = const - sum_k p_old_k log p_k, with log p_k = z_k - log sum_j exp(z_j).
-    2. So dKL/dz_k = p_k - p_old_k (the p_old_k add up to 1): 0 at theta_old, no linear term.
+    2. So dKL/dz_k = p_k - p_old_k (the p_old_k add up to 1). At theta_old this is 0.
     3. The second derivatives are dp_k/dz_j = p_k (1 if j = k, else 0) - p_k p_j.
-    4. So if z changes by a small u, KL ≈ u . (diag(p) - p p^T) u / 2. With u = J step, it is
-       step . F step / 2, where F is the mean over the states of J^T (diag(p) - p p^T) J."""
+    4. So if z changes by a small u, KL ≈ u . (diag(p) - p p^T) u / 2. With u ≈ J step (the rest of
+       u is multiplied by the 0 of 2.), F is the mean over states of J^T (diag(p) - p p^T) J."""
     d_logits = jacobian_vector_product(policy, activations, vector)  # J v
-    mean = (probs * d_logits).sum(axis=1, keepdims=True)  # p^T J v
-    d_probs = probs * (d_logits - mean)  # (diag(p) - p p^T) J v
-    return backward(policy, activations, d_probs / len(probs))  # J^T times it, mean over states
+    mean_change = (probs * d_logits).sum(axis=1, keepdims=True)  # p^T J v
+    d_probs = probs * (d_logits - mean_change)  # (diag(p) - p p^T) J v
+    return backward(policy, activations, d_probs / len(probs))  # chain rule: mean of J^T times it
 
 
 def conjugate_gradient(product, b, iterations):
     """Solve M x = b from product(v) = M v, as M may be too big to store. M is symmetric, with
-    v . M v > 0 (by the damping). So f(x) = b . x - x . M x / 2 is a hill; on its top, its gradient
+    v . M v > 0 (if damping > 0). So f(x) = b . x - x . M x / 2 is a hill; on its top, its gradient
     b - M x is 0. Climb it from x = 0; few steps get near. (Nocedal & Wright 2006, section 5.1)"""
     x = np.zeros_like(b)
     residual = b  # b - M x, the gradient
@@ -312,10 +312,10 @@ def conjugate_gradient(product, b, iterations):
         alpha = (residual @ direction) / curvature
         x = x + alpha * direction
         residual = residual - alpha * M_direction
-        # residual . direction is to stay 0, but a step s * new changes residual by -s * M new. So
-        # direction . M new = residual . M_direction + beta * curvature is to be 0 (M is symmetric).
+        # Along new = residual + beta * direction, residual . direction is to stay 0. It changes by
+        # -direction . M new = -(residual . M_direction + beta * curvature), as M is symmetric.
         beta = -(residual @ M_direction) / curvature
-        direction = residual + beta * direction  # the new one
+        direction = residual + beta * direction
     return x
 
 
@@ -392,7 +392,7 @@ def report(policy, theta_old, batch, experience):
     returns = experience.env.return_queue  # of the last 100 episodes
     entropies = -(np.exp(batch.log_probs_old) * batch.log_probs_old).sum(axis=1)  # [B], in nats
     variance = float(batch.targets.var())
-    unexplained = float((batch.targets - batch.values).var())  # 0 if `value` predicts the targets
+    unexplained = float((batch.targets - batch.values).var())  # 0: off by at most a constant
     return {
         "episodes": int(experience.env.episode_count),
         "episode_return": float(np.mean(returns)) if returns else np.nan,
@@ -405,7 +405,7 @@ def report(policy, theta_old, batch, experience):
 
 # --- 8. Evaluation and command line ---------------------------------------------------------------
 def evaluate(policy, env, rng, max_steps=1000):
-    """Sum of rewards [N] in each first episode (its first max_steps), by the likeliest actions."""
+    """Sums of rewards [N], of one episode each (at most max_steps), by always likeliest actions."""
     states, _ = env.reset(seed=int(rng.integers(2**31)))
     returns = np.zeros(env.num_envs)
     running = np.ones(env.num_envs, bool)

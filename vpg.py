@@ -12,9 +12,9 @@ and leaves its average as it is: gradient of log pi is (gradient of pi) / pi, so
 VPG leaves gamma^t out, as is usual: late steps would hardly count. (So it does not quite follow the
 gradient.) And for return - V(s) it takes Â (see `gae`). Both estimate the advantage A(s, a): how
 much more the mean return is if a comes first and then pi plays on. A second network, `value`,
-learns V. Where it is wrong, subtracting it still leaves the average right: the 0 above holds for
-any function of s. But Â also puts it in place of rewards far ahead. That is less noisy, but where
-it is wrong, so is the average.
+learns V. If it is wrong, subtracting it does no harm on average: the 0 above holds for any function
+of s. But Â also uses it in place of later rewards, at the latest those after the batch's end. This
+is less noisy, but here errors of `value` become errors of g.
 
     repeat:  play a batch of steps with the policy                    (section 4)
              estimate Â; targets: Â + value(s); normalize Â           (section 5)
@@ -47,7 +47,7 @@ class Settings:
     num_envs: int = option(16, "environments that run side by side", low=1)
     horizon: int = option(48, "steps of each environment in a batch, resets included", low=2)
     gamma: float = option(0.99, "discount factor", high=1)
-    gae_lambda: float = option(0.99, "see `gae`. 0: rely on `value`; 1: on the rewards", high=1)
+    gae_lambda: float = option(0.99, "0: one reward, then `value`; 1: all rewards (`gae`)", high=1)
     hidden: int = option(64, "units in the hidden layer", low=1)
     value_learning_rate: float = option(2e-2, "learning rate of `value`; falls to 0", high=1000)
     value_epochs: int = option(4, "passes over each batch to fit `value`")
@@ -99,7 +99,7 @@ def forward(network, inputs):
 
 
 def backward(network, activations, grad_outputs):
-    """dy / d theta [P] of a number y, from grad_outputs = dy / d outputs [B, K]: the chain rule."""
+    """dy/dtheta [P] of a number y that depends on the outputs, from grad_outputs = dy/doutputs."""
     _, _, W2, _ = unflatten(network.theta, network.sizes)
     inputs, hidden = activations
     # Differentiate outputs[i, k] = sum_h hidden[i, h] * W2[h, k] + b2[k]:
@@ -127,7 +127,7 @@ def adam(network, gradient, learning_rate):
 
 # --- 3. Policy ------------------------------------------------------------------------------------
 def log_softmax(logits):
-    """log pi(a|s) [B, K] of logits z (any numbers), from pi(a|s) = exp(z_a) / sum_j exp(z_j)."""
+    """The policy: pi(a|s) = exp(z_a) / sum_j exp(z_j) of logits z, any numbers. Returns log pi."""
     return logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)  # log sum_j exp, no overflow
 
 
@@ -137,7 +137,7 @@ def sample_actions(policy, states, rng):
     logits, _ = forward(policy, states)
     ends = np.exp(log_softmax(logits)).cumsum(axis=1)  # [N, K]
     points = rng.random((len(states), 1))
-    return (points >= ends[:, :-1]).sum(axis=1)  # all ends but the last: 1, or rounded below
+    return (points >= ends[:, :-1]).sum(axis=1)  # the last end, 1 but for rounding, does not count
 
 
 def kl(log_probs_old, log_probs_new):
@@ -150,9 +150,9 @@ def policy_gradient(policy, activations, log_probs, actions, coefficients):
     """The gradient by theta [P] of the mean over the batch of coefficient * log pi(a|s), where the
     coefficients [B] count as constants. With logits z, log pi(a|s) = z_a - log sum_j exp(z_j), so
         d log pi(a|s) / dz_k = (1 if k = a, else 0) - pi(k|s)."""
-    grad_log_prob = -np.exp(log_probs)  # [B, K]
-    grad_log_prob[np.arange(len(actions)), actions] += 1  # in row i the column actions[i]
-    grad_logits = coefficients[:, None] * grad_log_prob / len(actions)  # [B, K], / B for the mean
+    taken = np.arange(log_probs.shape[1]) == actions[:, None]  # [B, K], True (1) where k = a
+    derivatives = taken - np.exp(log_probs)  # [B, K]
+    grad_logits = coefficients[:, None] * derivatives / len(actions)  # [B, K], / B for the mean
     return backward(policy, activations, grad_logits)
 
 
@@ -185,8 +185,8 @@ class Experience:
         """T = horizon steps, a row each. Returns states [T, N, D]; actions, rewards, terminated,
         truncated, resetting [T, N]; and where the last step has led: last_states [N, D].
         If row 7 of an environment ends an episode, it takes row 8 to begin a new one (NEXT_STEP):
-            row 7:  s7, action taken,    terminated (by the task) or truncated (by a time limit)
-            row 8:  s8, action ignored,  resetting: leads to the first state of the new episode
+            row 7:  s7, action taken, to s8; terminated (by the task) or truncated (by time limit)
+            row 8:  s8, action ignored, to the first state of the new episode; resetting
         Row 8 is no real step: `collect` drops it. But if row 7 was truncated, `gae` needs s8."""
         rows = []
         for _ in range(horizon):
@@ -211,8 +211,8 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
         1 reward:   error_t                                            weight  1 - lambda
         2 rewards:  error_t + gamma error_{t+1}                        weight (1 - lambda) lambda
         3 rewards:  error_t + gamma error_{t+1} + gamma^2 error_{t+2}  weight (1 - lambda) lambda^2
-    and so on; the longest, up to the end of episode or batch, gets all the weight that is left of
-    1. error_{t+1}, in all lines but one, weighs 1 - (1 - lambda) = lambda; error_{t+2} lambda^2. So
+    and so on; the longest, to the end of episode or batch, gets the rest of 1. The lines that have
+    error_{t+1} weigh 1 - (1 - lambda) = lambda together, those with error_{t+2} lambda^2. So
         Â_t = error_t + gamma lambda error_{t+1} + (gamma lambda)^2 error_{t+2} + ...
             = error_t + gamma lambda Â_{t+1}."""
     # Terminated: nothing more is earned. Truncated: `value` says what would have been earned.
@@ -241,12 +241,12 @@ def collect(experience, policy, value, settings, rng):
     batch.actions = actions[real]
     batch.values = values[:-1][real]  # only for `report`
     batch.targets = targets[real]
-    # Normalize Â, as is customary. The mean acts as one more baseline (some Â > 0 become < 0). The
-    # division lets batches count alike in the means of `adam`. (It does not change TRPO's step.)
+    # Normalize Â, as is customary. Subtracting the mean is like one more baseline. By the division,
+    # the size of the rewards does not matter to the policy's step.
     advantages = advantages[real]
     batch.advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     logits, _ = forward(policy, batch.states)
-    batch.log_probs_old = log_softmax(logits)  # [B, K], of the policy that has played
+    batch.log_probs_old = log_softmax(logits)  # [B, K], of the policy that has played; see `report`
     return batch
 
 
@@ -307,7 +307,7 @@ def report(policy, theta_old, batch, experience):
     returns = experience.env.return_queue  # of the last 100 episodes
     entropies = -(np.exp(batch.log_probs_old) * batch.log_probs_old).sum(axis=1)  # [B], in nats
     variance = float(batch.targets.var())
-    unexplained = float((batch.targets - batch.values).var())  # 0 if `value` predicts the targets
+    unexplained = float((batch.targets - batch.values).var())  # 0: off by at most a constant
     return {
         "episodes": int(experience.env.episode_count),
         "episode_return": float(np.mean(returns)) if returns else np.nan,
@@ -320,7 +320,7 @@ def report(policy, theta_old, batch, experience):
 
 # --- 8. Evaluation and command line ---------------------------------------------------------------
 def evaluate(policy, env, rng, max_steps=1000):
-    """Sum of rewards [N] in each first episode (its first max_steps), by the likeliest actions."""
+    """Sums of rewards [N], of one episode each (at most max_steps), by always likeliest actions."""
     states, _ = env.reset(seed=int(rng.integers(2**31)))
     returns = np.zeros(env.num_envs)
     running = np.ones(env.num_envs, bool)
