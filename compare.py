@@ -14,15 +14,12 @@ variants (section 1) -> runs, one per seed (2) -> CSV (3) -> table (4), picture 
 """
 
 import os
-import signal
 
-# A run is a process (section 2), which imports this file as __mp_main__. It is to ignore Ctrl-C.
-if __name__ == "__mp_main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before NumPy: one thread suits small arrays
-os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")  # of the runs, after Ctrl-C
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before NumPy: a thread for each run is enough
+os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")  # says nothing after Ctrl-C
 import argparse
 import csv
+import signal
 import sys
 import tempfile
 import threading
@@ -38,7 +35,8 @@ from pathlib import Path
 
 import numpy as np
 
-# steps, episodes, seconds: since the run began. episode_return: mean return of 100 episodes.
+# update: its number; it is all that is done with one batch. steps, episodes, seconds: since the run
+# began. episode_return: mean return of the last 100 episodes (of fewer, until there are 100).
 # kl: sum_a pi_old(a|s) log(pi_old(a|s) / pi_new(a|s)), mean over a batch's states; 0 if the policy
 # acts as before the update. step_norm: how far theta, a vector of the policy's weights, has moved.
 NUMBERS = ["update", "steps", "episodes", "episode_return", "kl", "step_norm", "seconds"]
@@ -137,22 +135,23 @@ def train_all(variants, options):
 
 
 def train_alone(labels, shared):
-    """A run, in a pool of one process: if that is killed, the pool is lost, but no other run."""
-    with ProcessPoolExecutor(1, get_context("spawn"), watch_main_process) as pool:
+    """A run, in a pool of one process. (If a process is killed, its pool gives up all its runs.)"""
+    with ProcessPoolExecutor(1, get_context("spawn"), begin_process) as pool:
         try:
             return pool.submit(train, labels, shared).result()
         except BrokenProcessPool:
             return [labels | {"update": "", "error": "its process was killed"}]  # rows are lost
 
 
-def watch_main_process():
-    """A thread in a run's process ends it when the main process ends, even if that is killed."""
+def begin_process():
+    """In a run's process: leave Ctrl-C to the main process, and end when that ends, even killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=end_with_main_process, daemon=True).start()
 
 
 def end_with_main_process():
     parent_process().join()  # wait for its end
-    os._exit(1)
+    os._exit(1)  # sys.exit would only end this thread
 
 
 def train(labels, shared):
@@ -178,7 +177,7 @@ def train(labels, shared):
 
 def train_and_save(rows, variants, options):
     """Train. After each run, save all rows, and only then print its line. Returns all rows."""
-    names = [*group(rows, "variant"), *[labels["variant"] for labels in variants]]
+    names = list(group([*rows, *variants], "variant"))
     total = options.seeds * len(variants)
     solved = 0
     for done, run in enumerate(train_all(variants, options), start=1):
@@ -247,7 +246,7 @@ def solved_after(run):
 
 
 def has_collapsed(run):
-    """Whether a run ever lost half of its gain, if that was a fifth of the way to the threshold."""
+    """Whether, after a gain of at least 1/5 of the way to the threshold, half of it was lost."""
     threshold = float(run[0]["threshold"] or "inf")
     returns = column(run, "episode_return")[column(run, "episodes") >= 100]
     first = returns[:1]  # a slice: it is empty if no 100 episodes have ended
@@ -330,17 +329,19 @@ def draw(rows):
 
 
 def draw_curve(axis, rows, name, style):
-    """The median of each window and, as a band, its middle half. A window holds the updates of all
-    seeds in a 40th of the longest run; of runs that have failed, only those before they did."""
+    """The median of the runs and, as a band, their middle half, in 40 windows of the longest run. A
+    run counts with its mean in a window; after it has failed, it does not count any more."""
     numbers = column(rows, name)
     steps = column(rows, "steps") / 1000
     updates = column(rows, "update")
+    seeds = column(rows, "seed")
     windows = (updates - 1) * 40 // max(updates)  # 0, 1, ... up to 39
     finite = np.isfinite(numbers)  # a return is nan if no episode has ended
     points = []
     for window in np.unique(windows[finite]):
         inside = finite & (windows == window)
-        points.append([steps[inside].mean(), *np.percentile(numbers[inside], (25, 50, 75))])
+        means = [numbers[inside & (seeds == seed)].mean() for seed in np.unique(seeds[inside])]
+        points.append([steps[inside].mean(), *np.percentile(means, (25, 50, 75))])
     steps, low, middle, high = np.reshape(points, (-1, 4)).T  # four columns, even without a row
     axis.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
     axis.plot(steps, middle, linewidth=2, marker="o", markersize=3, **style)
@@ -349,9 +350,8 @@ def draw_curve(axis, rows, name, style):
 def label_axes(panels, rows):
     """Titles, axes and units of the curves, and lines to read them against."""
     steps = {"xlabel": f"thousand steps in {rows[0]['env']}", "xlim": (0, None)}
-    title = "Mean return of 100 episodes: median, middle half of all seeds' updates (line: solved)"
-    panels["return"].set(title=title, **steps)
-    panels["kl"].set(title="KL of an update: median, middle half", **steps)
+    panels["return"].set(title="Mean return: median, middle half of runs (line: solved)", **steps)
+    panels["kl"].set(title="KL of an update: median, middle half of runs", **steps)
     panels["return"].legend(loc="lower center", bbox_to_anchor=(0.5, 1.1), ncols=2, handlelength=4)
     panels["return"].axhline(float(rows[0]["threshold"] or "nan"), color="0.3")  # nan: no line
     highest = max(0.1, 2 * max(column(rows, "kl")))
@@ -370,7 +370,7 @@ def mark_slice(axis, step_norms, kl):
         axis.axvspan(0.9 * middle, 1.1 * middle, color="0.85", zorder=0)
         low, high = np.percentile(inside, (5, 95))
         axis.vlines(middle, low, high, color="black", linewidth=2)
-        text = f"‖Δθ‖ {middle:.2g} ± 10 %:\n9 of 10 updates have KL {low:.1g} to {high:.1g}"
+        text = f"{len(inside)} with ‖Δθ‖ {middle:.2g} ± 10 %:\n9 of 10 KL {low:.1g} to {high:.1g}"
         axis.text(0.03, 0.97, text, va="top", transform=axis.transAxes)
 
 
@@ -396,5 +396,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C: at once, without waiting
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # Ctrl-C: do not wait for the runs
     sys.exit(main())

@@ -1,26 +1,26 @@
 """Proximal policy optimization (PPO-Clip): several steps with each batch, not far from its policy.
 
-pi_old(a|s), a neural network with weights theta_old, has played a batch of steps. V(s) is the mean
-of its discounted return from s on. The advantage A(s, a) is how much more this is if a comes first
-and then pi_old plays on; Â estimates it (see `gae`). REINFORCE moves theta along g = mean of Â *
-gradient of log pi: one step, as g needs actions of the present policy. For more, let pi, with
-other weights theta, choose the action in s, and pi_old all later ones. This adds to the mean return
+pi_old(a|s), a neural network with weights theta_old, has played a batch of steps. V(s) is its mean
+discounted return from s on. The advantage A(s, a) is how much more it is if a comes first, and then
+pi_old plays on. Â estimates A (see `gae`).
+REINFORCE moves theta along g = mean of Â * gradient of log pi: one step, as g needs actions of the
+present policy. How to take more? Let pi, with other weights theta, choose the action in s, and
+pi_old all later ones. This adds to V(s)
     sum_a pi(a|s) A(s, a)  =  sum_a pi_old(a|s) * ratio * A(s, a),    ratio = pi(a|s) / pi_old(a|s).
-pi_old has drawn the batch's actions, so its mean of ratio * Â estimates this sum, averaged over its
-states. At theta_old, the mean has the gradient g: ratio = 1, and gradient of ratio = ratio *
-gradient of log pi. But if pi chooses every action, it comes to other states. The return may fall
-while the mean rises, unless pi stays close to pi_old. So PPO takes away what a ratio would gain far
-from 1, and maximizes
+pi_old has drawn the batch's actions, so the batch's mean of ratio * Â estimates this sum, averaged
+over its states. At theta_old it has the gradient g, as there gradient of ratio = ratio * gradient
+of log pi, and ratio = 1. But if pi chooses every action, it comes to other states. The return may
+fall while the mean rises, the more so the less pi acts like pi_old. So PPO takes away what a ratio
+would gain far from 1, and maximizes
 
     L(theta)  =  mean over the batch of  min( ratio * Â,  clipped ratio * Â )           (equation 7)
-
 where the clipped ratio is the ratio, but at least 1 - clip and at most 1 + clip:
     Â > 0, ratio > 1 + clip: raised enough,  the min is (1 + clip) * Â, its gradient 0
     Â < 0, ratio < 1 - clip: lowered enough, the min is (1 - clip) * Â, its gradient 0
     otherwise                                the min is ratio * Â
 Why a min? Say Â = -1, clip = 0.2, and changes for other states have raised the ratio to 1.5. The
-clipped term is -1.2, a constant; the min is -1.5, and its gradient lowers the ratio. (The clip is
-no wall. One step of Adam can leap over the edge; steps for other states can move a ratio further.)
+clipped term is -1.2, a constant, which would leave it so; the min is -1.5, its gradient lowers the
+ratio. (The clip is no wall. One step of Adam can leap over the edge, or move other states' ratios.)
 
     repeat:  play a batch of steps with the policy                          (section 4)
              estimate Â; targets: Â + value(s); normalize Â                 (section 5)
@@ -52,7 +52,7 @@ class Settings:
     num_envs: int = option(16, "environments that run side by side", low=1)
     horizon: int = option(48, "steps of each environment in a batch, resets included", low=2)
     gamma: float = option(0.99, "discount factor", high=1)
-    gae_lambda: float = option(0.99, "0: one reward, then `value`; 1: all rewards (`gae`)", high=1)
+    gae_lambda: float = option(0.99, "0: one reward, then `value`; 1: all of the batch", high=1)
     hidden: int = option(64, "units in the hidden layer", low=1)
     value_learning_rate: float = option(2e-2, "learning rate of `value`; falls to 0", high=1000)
     value_epochs: int = option(4, "passes over each batch to fit `value`")
@@ -155,8 +155,8 @@ def kl(log_probs_old, log_probs_new):
 
 
 def policy_gradient(policy, activations, log_probs, actions, coefficients):
-    """The gradient by theta [P] of the mean over the batch of coefficient * log pi(a|s), where the
-    coefficients [B] count as constants. With logits z, log pi(a|s) = z_a - log sum_j exp(z_j), so
+    """The mean over the batch of coefficient * gradient of log pi(a|s), by theta [P], from the
+    coefficients [B]. With logits z, log pi(a|s) = z_a - log sum_j exp(z_j), so
         d log pi(a|s) / dz_k = (1 if k = a, else 0) - pi(k|s)."""
     taken = np.arange(log_probs.shape[1]) == actions[:, None]  # [B, K], True (1) where k = a
     derivatives = taken - np.exp(log_probs)  # [B, K]
@@ -219,8 +219,8 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
         1 reward:   error_t                                            weight  1 - lambda
         2 rewards:  error_t + gamma error_{t+1}                        weight (1 - lambda) lambda
         3 rewards:  error_t + gamma error_{t+1} + gamma^2 error_{t+2}  weight (1 - lambda) lambda^2
-    and so on; the longest, to the end of episode or batch, gets the rest of 1. The lines that have
-    error_{t+1} weigh 1 - (1 - lambda) = lambda together, those with error_{t+2} lambda^2. So
+    and so on; the longest, to the end of episode or batch, gets the rest: the sum is 1. As all but
+    the first have error_{t+1}, it weighs 1 - (1 - lambda) = lambda; error_{t+2}, lambda^2. So
         Â_t = error_t + gamma lambda error_{t+1} + (gamma lambda)^2 error_{t+2} + ...
             = error_t + gamma lambda Â_{t+1}."""
     # Terminated: nothing more is earned. Truncated: `value` says what would have been earned.
@@ -229,7 +229,7 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     ended = terminated | truncated
     advantages = np.zeros_like(values)  # [T + 1, N]; the last row stays 0: no more errors
     for t in reversed(range(len(rewards))):
-        following = np.where(ended[t], 0, advantages[t + 1])  # ended: row t + 1 is a reset
+        following = np.where(ended[t], 0, advantages[t + 1])  # after an end, a reset: meaningless
         advantages[t] = td_errors[t] + gamma * gae_lambda * following
     return advantages[:-1]
 
@@ -249,12 +249,12 @@ def collect(experience, policy, value, settings, rng):
     batch.actions = actions[real]
     batch.values = values[:-1][real]  # only for `report`
     batch.targets = targets[real]
-    # Normalize Â, as is customary. Subtracting the mean is like one more baseline. By the division,
-    # the size of the rewards does not matter to the policy's step.
+    # Normalize Â, as is customary. Subtracting the mean is like one more baseline. Dividing lets
+    # batches count alike, where an update depends on the size of Â at all.
     advantages = advantages[real]
     batch.advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     logits, _ = forward(policy, batch.states)
-    batch.log_probs_old = log_softmax(logits)  # [B, K], of the policy that has played; see `report`
+    batch.log_probs_old = log_softmax(logits)  # [B, K], log pi of the policy that has played
     return batch
 
 
@@ -337,7 +337,7 @@ def train(settings, policy):
 
 
 def report(policy, theta_old, batch, experience):
-    """Figures of an update. Its returns are without gamma, as is usual: what one wants to see."""
+    """Numbers that describe an update. episode_return adds up rewards without gamma, as usual."""
     logits, _ = forward(policy, batch.states)
     returns = experience.env.return_queue  # of the last 100 episodes
     entropies = -(np.exp(batch.log_probs_old) * batch.log_probs_old).sum(axis=1)  # [B], in nats
@@ -355,7 +355,7 @@ def report(policy, theta_old, batch, experience):
 
 # --- 8. Evaluation and command line ---------------------------------------------------------------
 def evaluate(policy, env, rng, max_steps=1000):
-    """Sums of rewards [N], of one episode each (at most max_steps), by always likeliest actions."""
+    """Play an episode in each environment (at most max_steps), always with the likeliest action."""
     states, _ = env.reset(seed=int(rng.integers(2**31)))
     returns = np.zeros(env.num_envs)
     running = np.ones(env.num_envs, bool)

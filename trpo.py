@@ -1,15 +1,15 @@
 """Trust region policy optimization (TRPO): improve the policy, but change its probabilities little.
 
-pi_old(a|s), a neural network with weights theta_old, has played a batch of steps. V(s) is the mean
-of its discounted return from s on. The advantage A(s, a) is how much more this is if a comes first
-and then pi_old plays on; Â estimates it (see `gae`). REINFORCE moves theta along g = mean of Â *
-gradient of log pi. But how far? Let pi, with other weights theta, choose the action in s, and
-pi_old all later ones. This adds to the mean return
+pi_old(a|s), a neural network with weights theta_old, has played a batch of steps. V(s) is its mean
+discounted return from s on. The advantage A(s, a) is how much more it is if a comes first, and then
+pi_old plays on. Â estimates A (see `gae`).
+REINFORCE moves theta along g = mean of Â * gradient of log pi. But how far? Let pi, with other
+weights theta, choose the action in s, and pi_old all later ones. This adds to V(s)
     sum_a pi(a|s) A(s, a)  =  sum_a pi_old(a|s) * ratio * A(s, a),    ratio = pi(a|s) / pi_old(a|s).
-pi_old has drawn the batch's actions, so its mean of ratio * Â estimates this sum, averaged over its
-states. At theta_old, the mean has the gradient g: ratio = 1, and gradient of ratio = ratio *
-gradient of log pi. But if pi chooses every action, it comes to other states. The return may fall
-while the mean rises, unless pi stays close to pi_old. So TRPO will
+pi_old has drawn the batch's actions, so the batch's mean of ratio * Â estimates this sum, averaged
+over its states. At theta_old it has the gradient g, as there gradient of ratio = ratio * gradient
+of log pi, and ratio = 1. But if pi chooses every action, it comes to other states. The return may
+fall while the mean rises, the more so the less pi acts like pi_old. So TRPO will
     maximize    the surrogate L(theta): the batch's mean of ratio * Â
     subject to  mean over the batch's states of  KL = sum_a pi_old log(pi_old / pi)  <=  delta.
 
@@ -43,7 +43,7 @@ class Settings:
     num_envs: int = option(16, "environments that run side by side", low=1)
     horizon: int = option(48, "steps of each environment in a batch, resets included", low=2)
     gamma: float = option(0.99, "discount factor", high=1)
-    gae_lambda: float = option(0.99, "0: one reward, then `value`; 1: all rewards (`gae`)", high=1)
+    gae_lambda: float = option(0.99, "0: one reward, then `value`; 1: all of the batch", high=1)
     hidden: int = option(64, "units in the hidden layer", low=1)
     value_learning_rate: float = option(2e-2, "learning rate of `value`; falls to 0", high=1000)
     value_epochs: int = option(4, "passes over each batch to fit `value`")
@@ -148,8 +148,8 @@ def kl(log_probs_old, log_probs_new):
 
 
 def policy_gradient(policy, activations, log_probs, actions, coefficients):
-    """The gradient by theta [P] of the mean over the batch of coefficient * log pi(a|s), where the
-    coefficients [B] count as constants. With logits z, log pi(a|s) = z_a - log sum_j exp(z_j), so
+    """The mean over the batch of coefficient * gradient of log pi(a|s), by theta [P], from the
+    coefficients [B]. With logits z, log pi(a|s) = z_a - log sum_j exp(z_j), so
         d log pi(a|s) / dz_k = (1 if k = a, else 0) - pi(k|s)."""
     taken = np.arange(log_probs.shape[1]) == actions[:, None]  # [B, K], True (1) where k = a
     derivatives = taken - np.exp(log_probs)  # [B, K]
@@ -212,8 +212,8 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
         1 reward:   error_t                                            weight  1 - lambda
         2 rewards:  error_t + gamma error_{t+1}                        weight (1 - lambda) lambda
         3 rewards:  error_t + gamma error_{t+1} + gamma^2 error_{t+2}  weight (1 - lambda) lambda^2
-    and so on; the longest, to the end of episode or batch, gets the rest of 1. The lines that have
-    error_{t+1} weigh 1 - (1 - lambda) = lambda together, those with error_{t+2} lambda^2. So
+    and so on; the longest, to the end of episode or batch, gets the rest: the sum is 1. As all but
+    the first have error_{t+1}, it weighs 1 - (1 - lambda) = lambda; error_{t+2}, lambda^2. So
         Â_t = error_t + gamma lambda error_{t+1} + (gamma lambda)^2 error_{t+2} + ...
             = error_t + gamma lambda Â_{t+1}."""
     # Terminated: nothing more is earned. Truncated: `value` says what would have been earned.
@@ -222,7 +222,7 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     ended = terminated | truncated
     advantages = np.zeros_like(values)  # [T + 1, N]; the last row stays 0: no more errors
     for t in reversed(range(len(rewards))):
-        following = np.where(ended[t], 0, advantages[t + 1])  # ended: row t + 1 is a reset
+        following = np.where(ended[t], 0, advantages[t + 1])  # after an end, a reset: meaningless
         advantages[t] = td_errors[t] + gamma * gae_lambda * following
     return advantages[:-1]
 
@@ -242,12 +242,12 @@ def collect(experience, policy, value, settings, rng):
     batch.actions = actions[real]
     batch.values = values[:-1][real]  # only for `report`
     batch.targets = targets[real]
-    # Normalize Â, as is customary. Subtracting the mean is like one more baseline. By the division,
-    # the size of the rewards does not matter to the policy's step.
+    # Normalize Â, as is customary. Subtracting the mean is like one more baseline. Dividing lets
+    # batches count alike, where an update depends on the size of Â at all.
     advantages = advantages[real]
     batch.advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     logits, _ = forward(policy, batch.states)
-    batch.log_probs_old = log_softmax(logits)  # [B, K], of the policy that has played; see `report`
+    batch.log_probs_old = log_softmax(logits)  # [B, K], log pi of the policy that has played
     return batch
 
 
@@ -271,12 +271,12 @@ def fit_value(value, batch, settings, rate_factor, rng):
 # 1. The gradients of both by step are parallel there: g = mu F step, with a number mu > 0.
 # 2. So step = c x, where c > 0 and F x = g. (x is the natural gradient.)
 # 3. Then c^2 x . F x / 2 = delta, so c = sqrt(2 delta / (x . F x)).
-# But if directions hardly change the KL, x may be huge along them, where these terms do not hold.
+# But in directions in which the KL hardly changes, x may be huge, too far for Taylor's terms.
 # So F + damping * identity replaces F, as if damping * |step|^2 / 2 were part of the KL.
 def jacobian_vector_product(policy, activations, vector):
     """J v [B, K]: how each state's logits z change if theta changes by a small v. J = dz/dtheta."""
     _, _, W2, _ = unflatten(policy.theta, policy.sizes)
-    d_W1, d_b1, d_W2, d_b2 = unflatten(vector, policy.sizes)
+    d_W1, d_b1, d_W2, d_b2 = unflatten(vector, policy.sizes)  # d_: the change of ...
     inputs, hidden = activations
     d_before_tanh = inputs @ d_W1 + d_b1  # [B, H]
     d_hidden = (1 - hidden**2) * d_before_tanh  # [B, H], as tanh' = 1 - tanh^2
@@ -288,16 +288,16 @@ def fisher_vector_product(policy, activations, probs, vector):
     1. KL = const - sum_k p_old_k log p_k, with log p_k = z_k - log sum_j exp(z_j).
     2. So dKL/dz_k = p_k - p_old_k (the p_old_k add up to 1). At theta_old this is 0.
     3. The second derivatives are dp_k/dz_j = p_k (1 if j = k, else 0) - p_k p_j.
-    4. So if z changes by a small u, KL ≈ u . (diag(p) - p p^T) u / 2. With u ≈ J step (the rest of
-       u is multiplied by the 0 of 2.), F is the mean over states of J^T (diag(p) - p p^T) J."""
+    4. So if z changes by a small u, KL ≈ u . (diag(p) - p p^T) u / 2. Here u = J step + terms of
+       higher order, which add nothing, as dKL/dz = 0. So F is a mean of J^T (diag(p) - p p^T) J."""
     d_logits = jacobian_vector_product(policy, activations, vector)  # J v
     mean_change = (probs * d_logits).sum(axis=1, keepdims=True)  # p^T J v
     d_probs = probs * (d_logits - mean_change)  # (diag(p) - p p^T) J v
-    return backward(policy, activations, d_probs / len(probs))  # chain rule: mean of J^T times it
+    return backward(policy, activations, d_probs / len(probs))  # multiplies by J^T, adds up
 
 
 def conjugate_gradient(product, b, iterations):
-    """Solve M x = b from product(v) = M v, as M may be too big to store. M is symmetric, with
+    """Solve M x = b from product(v) = M v (M of a larger network cannot be stored). M is symmetric,
     v . M v > 0 (if damping > 0). So f(x) = b . x - x . M x / 2 is a hill; on its top, its gradient
     b - M x is 0. Climb it from x = 0; few steps get near. (Nocedal & Wright 2006, section 5.1)"""
     x = np.zeros_like(b)
@@ -312,8 +312,8 @@ def conjugate_gradient(product, b, iterations):
         alpha = (residual @ direction) / curvature
         x = x + alpha * direction
         residual = residual - alpha * M_direction
-        # Along new = residual + beta * direction, residual . direction is to stay 0. It changes by
-        # -direction . M new = -(residual . M_direction + beta * curvature), as M is symmetric.
+        # Along the next, new = residual + beta * direction, residual . direction is to stay 0. It
+        # changes by -direction . M new = -(residual . M_direction + beta * curvature), as M = M^T.
         beta = -(residual @ M_direction) / curvature
         direction = residual + beta * direction
     return x
@@ -387,7 +387,7 @@ def train(settings, policy):
 
 
 def report(policy, theta_old, batch, experience):
-    """Figures of an update. Its returns are without gamma, as is usual: what one wants to see."""
+    """Numbers that describe an update. episode_return adds up rewards without gamma, as usual."""
     logits, _ = forward(policy, batch.states)
     returns = experience.env.return_queue  # of the last 100 episodes
     entropies = -(np.exp(batch.log_probs_old) * batch.log_probs_old).sum(axis=1)  # [B], in nats
@@ -405,7 +405,7 @@ def report(policy, theta_old, batch, experience):
 
 # --- 8. Evaluation and command line ---------------------------------------------------------------
 def evaluate(policy, env, rng, max_steps=1000):
-    """Sums of rewards [N], of one episode each (at most max_steps), by always likeliest actions."""
+    """Play an episode in each environment (at most max_steps), always with the likeliest action."""
     states, _ = env.reset(seed=int(rng.integers(2**31)))
     returns = np.zeros(env.num_envs)
     running = np.ones(env.num_envs, bool)

@@ -16,7 +16,7 @@ FAULTS = [
     ("trpo", "line_search", " and kl(batch.log_probs_old, log_probs) <= settings.delta", ""),
     ("trpo", "line_search", "gain > 0 and kl(", "kl("),
     # stable-baselines3-contrib 38, rllab 24: Fisher-vector product wrong, x F x negative, NaN
-    ("trpo", "fisher", "(d_logits - mean)", "d_logits"),
+    ("trpo", "fisher", "(d_logits - mean_change)", "d_logits"),
     # mushroom-rl 79: conjugate gradient never converges
     ("trpo", "fisher", "(probs * d_logits).sum(axis=1", "d_logits.sum(axis=1"),
     ("trpo", "conjugate", "direction = residual + beta * direction", "direction = residual"),
