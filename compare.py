@@ -366,11 +366,11 @@ def mark_slice(axis, step_norms, kl):
     visible = kl > SMALL  # the panel shows no others
     if visible.any():  # else there is nothing to mark
         middle = np.percentile(step_norms[visible], 50, method="nearest")  # a real update's
-        inside = kl[visible & (0.9 * middle < step_norms) & (step_norms < 1.1 * middle)]
+        kls = kl[visible & (0.9 * middle < step_norms) & (step_norms < 1.1 * middle)]
         axis.axvspan(0.9 * middle, 1.1 * middle, color="0.85", zorder=0)
-        low, high = np.percentile(inside, (5, 95))
+        low, high = np.percentile(kls, (5, 95))
         axis.vlines(middle, low, high, color="black", linewidth=2)
-        text = f"{len(inside)} with ‖Δθ‖ {middle:.2g} ± 10 %:\n9 of 10 KL {low:.1g} to {high:.1g}"
+        text = f"‖Δθ‖ {middle:.2g} ± 10 %: {len(kls)} updates,\n9 of 10 have KL {low:.1g} to {high:.1g}"
         axis.text(0.03, 0.97, text, va="top", transform=axis.transAxes)
 
 
