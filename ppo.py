@@ -3,15 +3,15 @@
 pi_old(a|s), a neural network with weights theta_old, has played a batch of steps. V(s) is its mean
 discounted return from s on. The advantage A(s, a) is how much more it is if a comes first, and then
 pi_old plays on. Â estimates A (see `gae`).
-REINFORCE moves theta along g = mean of Â * gradient of log pi: one step, as g needs actions of the
-present policy. How to take more? Let pi, with other weights theta, choose the action in s, and
-pi_old all later ones. This adds to V(s)
+REINFORCE with a baseline moves theta along g = mean of Â * gradient of log pi: one step, as g needs
+actions of the present policy. How to take more? Let pi, with other weights theta, choose the action
+in s, and pi_old all later ones. Then V(s) grows by
     sum_a pi(a|s) A(s, a)  =  sum_a pi_old(a|s) * ratio * A(s, a),    ratio = pi(a|s) / pi_old(a|s).
 pi_old has drawn the batch's actions, so the batch's mean of ratio * Â estimates this sum, averaged
-over its states. At theta_old it has the gradient g, as there gradient of ratio = ratio * gradient
-of log pi, and ratio = 1. But if pi chooses every action, it comes to other states. The return may
-fall while the mean rises, the more so the less pi acts like pi_old. So PPO takes away what a ratio
-would gain far from 1, and maximizes
+over its states. The gradient of this mean is the mean of Â * ratio * gradient of log pi: at
+theta_old, where ratio = 1, it is g. But if pi chooses every action, it comes to other states. Then
+the mean may rise while the return falls, unless pi acts nearly as pi_old. So PPO takes away what a
+ratio would gain far from 1, and maximizes
 
     L(theta)  =  mean over the batch of  min( ratio * Â,  clipped ratio * Â )           (equation 7)
 where the clipped ratio is the ratio, but at least 1 - clip and at most 1 + clip:
@@ -52,7 +52,7 @@ class Settings:
     num_envs: int = option(16, "environments that run side by side", low=1)
     horizon: int = option(48, "steps of each environment in a batch, resets included", low=2)
     gamma: float = option(0.99, "discount factor", high=1)
-    gae_lambda: float = option(0.99, "0: one reward, then `value`; 1: all of the batch", high=1)
+    gae_lambda: float = option(0.99, "GAE: 0 trusts `value` after a reward, 1 all rewards", high=1)
     hidden: int = option(64, "units in the hidden layer", low=1)
     value_learning_rate: float = option(2e-2, "learning rate of `value`; falls to 0", high=1000)
     value_epochs: int = option(4, "passes over each batch to fit `value`")
@@ -219,8 +219,8 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
         1 reward:   error_t                                            weight  1 - lambda
         2 rewards:  error_t + gamma error_{t+1}                        weight (1 - lambda) lambda
         3 rewards:  error_t + gamma error_{t+1} + gamma^2 error_{t+2}  weight (1 - lambda) lambda^2
-    and so on; the longest, to the end of episode or batch, gets the rest: the sum is 1. As all but
-    the first have error_{t+1}, it weighs 1 - (1 - lambda) = lambda; error_{t+2}, lambda^2. So
+    and so on; the longest, to the end of episode or batch, gets the rest of the weight. error_{t+1}
+    is in all but the first: its weights add up to 1 - (1 - lambda) = lambda; error_{t+2}: lambda^2.
         Â_t = error_t + gamma lambda error_{t+1} + (gamma lambda)^2 error_{t+2} + ...
             = error_t + gamma lambda Â_{t+1}."""
     # Terminated: nothing more is earned. Truncated: `value` says what would have been earned.
@@ -229,7 +229,7 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
     ended = terminated | truncated
     advantages = np.zeros_like(values)  # [T + 1, N]; the last row stays 0: no more errors
     for t in reversed(range(len(rewards))):
-        following = np.where(ended[t], 0, advantages[t + 1])  # after an end, a reset: meaningless
+        following = np.where(ended[t], 0, advantages[t + 1])  # after an end, row t + 1 is a reset
         advantages[t] = td_errors[t] + gamma * gae_lambda * following
     return advantages[:-1]
 
@@ -249,8 +249,8 @@ def collect(experience, policy, value, settings, rng):
     batch.actions = actions[real]
     batch.values = values[:-1][real]  # only for `report`
     batch.targets = targets[real]
-    # Normalize Â, as is customary. Subtracting the mean is like one more baseline. Dividing lets
-    # batches count alike, where an update depends on the size of Â at all.
+    # Normalize Â, as is customary. Subtracting the mean is like one more baseline. If `adam` moves
+    # the policy, dividing keeps a batch of large Â from outweighing others in its running means.
     advantages = advantages[real]
     batch.advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     logits, _ = forward(policy, batch.states)
