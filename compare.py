@@ -38,7 +38,7 @@ import numpy as np
 # update: its number; it is all that is done with one batch. steps, episodes, seconds: since the run
 # began. episode_return: mean return of the last 100 episodes (of fewer, until there are 100).
 # kl: sum_a pi_old(a|s) log(pi_old(a|s) / pi_new(a|s)), mean over a batch's states; 0 if the policy
-# acts as before the update. step_norm: how far theta, a vector of the policy's weights, has moved.
+# acts as before it. step_norm: length of the update's change of theta, a vector of all weights.
 NUMBERS = ["update", "steps", "episodes", "episode_return", "kl", "step_norm", "seconds"]
 
 
@@ -81,8 +81,8 @@ def check(options):
 
 
 def read_variant(text, options):
-    """Check a variant. Return the labels for its rows, with the first seed, and a text that equal
-    variants share. Scripts must have `parse`, `make_env`, `initial_policy`, `train`: see vpg.py."""
+    """Check a variant. Return its labels, with which its rows begin, and a text that variants with
+    equal settings share. (Scripts need the functions that are called here and in `train_run`.)"""
     script, *typed = text.split() or [""]  # "ppo --clip 0.1" -> "ppo" and ["--clip", "0.1"]
     script = script.removesuffix(".py")
     scripts = {path.stem for path in Path(__file__).parent.glob("*.py")} - {"compare", "test_smoke"}
@@ -99,21 +99,22 @@ def read_variant(text, options):
     spec = module.make_env(settings, 1).spec  # has its id, and the return that counts as solved
     labels = {"variant": " ".join([script, *typed]), "env": spec.id}
     labels["threshold"] = "" if spec.reward_threshold is None else str(spec.reward_threshold)
-    return labels | {"seed": str(settings.seed)}, f"{script} {settings}"
+    identity = f"{script} {settings}"
+    return labels | {"seed": str(settings.seed)}, identity
 
 
 def read_variants(options, rows):
     """The labels of each variant to train. Of those that have the same settings, only the first."""
     given = group(rows, "variant")  # from .csv files
-    variants = {}  # settings -> labels
+    variants = {}  # identity -> labels
     for text in options.variants:
-        labels, settings = read_variant(text, options)
+        labels, identity = read_variant(text, options)
         if labels["variant"] in given:
             refuse(f"{text!r} is in the .csv file already")
-        if settings in variants:
-            print(f"{text!r} equals {variants[settings]['variant']!r}: left out", file=sys.stderr)
+        if identity in variants:
+            print(f"{text!r} equals {variants[identity]['variant']!r}: left out", file=sys.stderr)
         else:
-            variants[settings] = labels
+            variants[identity] = labels
     if len(group([*rows, *variants.values()], "env")) > 1:
         refuse("returns in different environments cannot be compared: give all the same --env")
     if len(given) + len(variants) > len(COLORS):
@@ -122,40 +123,8 @@ def read_variants(options, rows):
 
 
 # --- 2. Runs --------------------------------------------------------------------------------------
-def train_all(variants, options):
-    """Generator: the rows of each run, when it ends. --jobs threads wait for a process each."""
-    with ThreadPoolExecutor(options.jobs) as threads:
-        futures = []
-        for number in range(options.seeds):
-            for variant in variants:
-                labels = variant | {"seed": str(int(variant["seed"]) + number)}
-                futures.append(threads.submit(train_alone, labels, options.shared))
-        for future in as_completed(futures):
-            yield future.result()
-
-
-def train_alone(labels, shared):
-    """A run, in a pool of one process. (If a process is killed, its pool gives up all its runs.)"""
-    with ProcessPoolExecutor(1, get_context("spawn"), begin_process) as pool:
-        try:
-            return pool.submit(train, labels, shared).result()
-        except BrokenProcessPool:
-            return [labels | {"update": "", "error": "its process was killed"}]  # rows are lost
-
-
-def begin_process():
-    """In a run's process: leave Ctrl-C to the main process, and end when that ends, even killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=end_with_main_process, daemon=True).start()
-
-
-def end_with_main_process():
-    parent_process().join()  # wait for its end
-    os._exit(1)  # sys.exit would only end this thread
-
-
-def train(labels, shared):
-    """A run. Returns its rows, as text. If it fails, the last one says why."""
+def train_run(labels, shared):
+    """A run. Returns its rows, as text. If it fails, `error` in the last row says why."""
     script, *typed = labels["variant"].split()
     np.seterr(all="ignore")  # as the scripts do: they stop if weights or KL are no longer finite
     rows = []
@@ -175,12 +144,45 @@ def train(labels, shared):
     return rows or [labels | {"update": "", "error": "it made no update"}]
 
 
+def begin_process():
+    """In a run's process: leave Ctrl-C to the main process, and end when that ends, even killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with_main_process, daemon=True).start()
+
+
+def end_with_main_process():
+    parent_process().join()  # wait for its end
+    os._exit(1)  # sys.exit would only end this thread
+
+
+def train_run_in_process(labels, shared):
+    """A run in a process of its own, a pool of one. (If killed, it loses all runs of its pool.)"""
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=begin_process) as pool:
+        try:
+            return pool.submit(train_run, labels, shared).result()
+        except BrokenProcessPool:
+            return [labels | {"update": "", "error": "its process was killed"}]
+
+
+def train_runs(variants, options):
+    """Generator: the rows of each run, as soon as it has ended. Each of --jobs threads waits for
+    the process of one run, then goes on with the next run."""
+    with ThreadPoolExecutor(options.jobs) as threads:
+        futures = []
+        for number in range(options.seeds):
+            for labels in variants:
+                labels = labels | {"seed": str(int(labels["seed"]) + number)}
+                futures.append(threads.submit(train_run_in_process, labels, options.shared))
+        for future in as_completed(futures):
+            yield future.result()
+
+
 def train_and_save(rows, variants, options):
     """Train. After each run, save all rows, and only then print its line. Returns all rows."""
     names = list(group([*rows, *variants], "variant"))
     total = options.seeds * len(variants)
     solved = 0
-    for done, run in enumerate(train_all(variants, options), start=1):
+    for done, run in enumerate(train_runs(variants, options), start=1):
         rows = [*rows, *run]
         rows.sort(key=lambda row: (names.index(row["variant"]), float(row["seed"])))
         write_csv(options.csv, rows)
@@ -249,7 +251,7 @@ def has_collapsed(run):
     """Whether, after a gain of at least 1/5 of the way to the threshold, half of it was lost."""
     threshold = float(run[0]["threshold"] or "inf")
     returns = column(run, "episode_return")[column(run, "episodes") >= 100]
-    first = returns[:1]  # a slice: it is empty if no 100 episodes have ended
+    first = returns[0] if len(returns) else 0  # 0: no 100 episodes have ended
     gain = np.maximum.accumulate(returns) - first  # the best until then - the first
     is_enough = (gain > 0) & (gain >= abs(threshold - first) / 5)  # abs: first may be above
     return bool((is_enough & (returns - first <= gain / 2)).any())
@@ -298,13 +300,11 @@ def table(rows):
         summary = summarize(variant_rows)
         if any(row["error"] for row in variant_rows):
             name += " (runs failed)"
-        if not lines:
-            lines.append(layout.format("variant", *summary))  # the headings
         if len(name) > 17:
             lines += [name[i : i + 100] for i in range(0, len(name), 100)]
             name = ""
         lines.append(layout.format(name, *summary.values()))
-    return "\n".join(lines)
+    return "\n".join([layout.format("variant", *summary.keys()), *lines])
 
 
 # --- 5. Picture -----------------------------------------------------------------------------------
@@ -330,7 +330,7 @@ def draw(rows):
 
 def draw_curve(axis, rows, name, style):
     """The median of the runs and, as a band, their middle half, in 40 windows of the longest run. A
-    run counts with its mean in a window; after it has failed, it does not count any more."""
+    run counts with its mean in a window. (After one has failed, only the others do.)"""
     numbers = column(rows, name)
     steps = column(rows, "steps") / 1000
     updates = column(rows, "update")
@@ -342,9 +342,9 @@ def draw_curve(axis, rows, name, style):
         inside = finite & (windows == window)
         means = [numbers[inside & (seeds == seed)].mean() for seed in np.unique(seeds[inside])]
         points.append([steps[inside].mean(), *np.percentile(means, (25, 50, 75))])
-    steps, low, middle, high = np.reshape(points, (-1, 4)).T  # four columns, even without a row
-    axis.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
-    axis.plot(steps, middle, linewidth=2, marker="o", markersize=3, **style)
+    centers, low, middle, high = np.array(points).reshape(-1, 4).T  # four columns, if 0 points, too
+    axis.fill_between(centers, low, high, color=style["color"], alpha=0.15, linewidth=0)
+    axis.plot(centers, middle, linewidth=2, marker="o", markersize=3, **style)
 
 
 def label_axes(panels, rows):
@@ -360,7 +360,7 @@ def label_axes(panels, rows):
 
 
 def mark_slice(axis, step_norms, kl):
-    """Show how unequal the KL is of updates that change theta nearly equally (of all variants)."""
+    """How unequal is the KL of updates (of all variants) that change theta nearly equally?"""
     axis.set_title("Do equal changes of θ change behavior equally?")
     axis.set(xlim=(1e-4, max(10, max(step_norms))), xscale="log", xlabel="step_norm: ‖Δθ‖")
     visible = kl > SMALL  # the panel shows no others
@@ -370,7 +370,7 @@ def mark_slice(axis, step_norms, kl):
         axis.axvspan(0.9 * middle, 1.1 * middle, color="0.85", zorder=0)
         low, high = np.percentile(kls, (5, 95))
         axis.vlines(middle, low, high, color="black", linewidth=2)
-        text = f"‖Δθ‖ {middle:.2g} ± 10 %: {len(kls)} updates,\n9 of 10 have KL {low:.1g} to {high:.1g}"
+        text = f"‖Δθ‖ {middle:.2g} ± 10 %: {len(kls)} updates\n9 of 10: KL {low:.1g} to {high:.1g}"
         axis.text(0.03, 0.97, text, va="top", transform=axis.transAxes)
 
 
