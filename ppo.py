@@ -5,7 +5,7 @@ discounted return from s on. The advantage A(s, a) is how much more it is if a c
 pi_old plays on. Â estimates A (see `gae`).
 REINFORCE with a baseline moves theta along g = mean of Â * gradient of log pi: one step, as g needs
 actions of the present policy. How to take more? Let pi, with other weights theta, choose the action
-in s, and pi_old all later ones. Then V(s) grows by
+in s, and pi_old all later ones. This adds to V(s)
     sum_a pi(a|s) A(s, a)  =  sum_a pi_old(a|s) * ratio * A(s, a),    ratio = pi(a|s) / pi_old(a|s).
 pi_old has drawn the batch's actions, so the batch's mean of ratio * Â estimates this sum, averaged
 over its states. The gradient of this mean is the mean of Â * ratio * gradient of log pi: at
@@ -52,7 +52,7 @@ class Settings:
     num_envs: int = option(16, "environments that run side by side", low=1)
     horizon: int = option(48, "steps of each environment in a batch, resets included", low=2)
     gamma: float = option(0.99, "discount factor", high=1)
-    gae_lambda: float = option(0.99, "GAE: 0 trusts `value` after a reward, 1 all rewards", high=1)
+    gae_lambda: float = option(0.99, "GAE: 0 is one reward, then `value`; 1 all rewards", high=1)
     hidden: int = option(64, "units in the hidden layer", low=1)
     value_learning_rate: float = option(2e-2, "learning rate of `value`; falls to 0", high=1000)
     value_epochs: int = option(4, "passes over each batch to fit `value`")
@@ -219,8 +219,8 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
         1 reward:   error_t                                            weight  1 - lambda
         2 rewards:  error_t + gamma error_{t+1}                        weight (1 - lambda) lambda
         3 rewards:  error_t + gamma error_{t+1} + gamma^2 error_{t+2}  weight (1 - lambda) lambda^2
-    and so on; the longest, to the end of episode or batch, gets the rest of the weight. error_{t+1}
-    is in all but the first: its weights add up to 1 - (1 - lambda) = lambda; error_{t+2}: lambda^2.
+    and so on; the longest, to the end of episode or batch, gets the rest, so that the sum is 1. All
+    with error_{t+1} together weigh 1 - (1 - lambda) = lambda, all with error_{t+2} lambda^2. So
         Â_t = error_t + gamma lambda error_{t+1} + (gamma lambda)^2 error_{t+2} + ...
             = error_t + gamma lambda Â_{t+1}."""
     # Terminated: nothing more is earned. Truncated: `value` says what would have been earned.
@@ -249,8 +249,8 @@ def collect(experience, policy, value, settings, rng):
     batch.actions = actions[real]
     batch.values = values[:-1][real]  # only for `report`
     batch.targets = targets[real]
-    # Normalize Â, as is customary. Subtracting the mean is like one more baseline. If `adam` moves
-    # the policy, dividing keeps a batch of large Â from outweighing others in its running means.
+    # Normalize Â, as is customary: minus its mean, which is like one more baseline, and divided by
+    # its standard deviation, so that it is of the same size in each batch. (1e-8: never 0 / 0)
     advantages = advantages[real]
     batch.advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     logits, _ = forward(policy, batch.states)

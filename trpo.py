@@ -4,7 +4,7 @@ pi_old(a|s), a neural network with weights theta_old, has played a batch of step
 discounted return from s on. The advantage A(s, a) is how much more it is if a comes first, and then
 pi_old plays on. Â estimates A (see `gae`).
 REINFORCE with a baseline moves theta along g = mean of Â * gradient of log pi. But how far? Let pi,
-with other weights theta, choose the action in s, and pi_old all later ones. Then V(s) grows by
+with other weights theta, choose the action in s, and pi_old all later ones. This adds to V(s)
     sum_a pi(a|s) A(s, a)  =  sum_a pi_old(a|s) * ratio * A(s, a),    ratio = pi(a|s) / pi_old(a|s).
 pi_old has drawn the batch's actions, so the batch's mean of ratio * Â estimates this sum, averaged
 over its states. The gradient of this mean is the mean of Â * ratio * gradient of log pi: at
@@ -43,7 +43,7 @@ class Settings:
     num_envs: int = option(16, "environments that run side by side", low=1)
     horizon: int = option(48, "steps of each environment in a batch, resets included", low=2)
     gamma: float = option(0.99, "discount factor", high=1)
-    gae_lambda: float = option(0.99, "GAE: 0 trusts `value` after a reward, 1 all rewards", high=1)
+    gae_lambda: float = option(0.99, "GAE: 0 is one reward, then `value`; 1 all rewards", high=1)
     hidden: int = option(64, "units in the hidden layer", low=1)
     value_learning_rate: float = option(2e-2, "learning rate of `value`; falls to 0", high=1000)
     value_epochs: int = option(4, "passes over each batch to fit `value`")
@@ -212,8 +212,8 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
         1 reward:   error_t                                            weight  1 - lambda
         2 rewards:  error_t + gamma error_{t+1}                        weight (1 - lambda) lambda
         3 rewards:  error_t + gamma error_{t+1} + gamma^2 error_{t+2}  weight (1 - lambda) lambda^2
-    and so on; the longest, to the end of episode or batch, gets the rest of the weight. error_{t+1}
-    is in all but the first: its weights add up to 1 - (1 - lambda) = lambda; error_{t+2}: lambda^2.
+    and so on; the longest, to the end of episode or batch, gets the rest, so that the sum is 1. All
+    with error_{t+1} together weigh 1 - (1 - lambda) = lambda, all with error_{t+2} lambda^2. So
         Â_t = error_t + gamma lambda error_{t+1} + (gamma lambda)^2 error_{t+2} + ...
             = error_t + gamma lambda Â_{t+1}."""
     # Terminated: nothing more is earned. Truncated: `value` says what would have been earned.
@@ -242,8 +242,8 @@ def collect(experience, policy, value, settings, rng):
     batch.actions = actions[real]
     batch.values = values[:-1][real]  # only for `report`
     batch.targets = targets[real]
-    # Normalize Â, as is customary. Subtracting the mean is like one more baseline. If `adam` moves
-    # the policy, dividing keeps a batch of large Â from outweighing others in its running means.
+    # Normalize Â, as is customary: minus its mean, which is like one more baseline, and divided by
+    # its standard deviation, so that it is of the same size in each batch. (1e-8: never 0 / 0)
     advantages = advantages[real]
     batch.advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     logits, _ = forward(policy, batch.states)
@@ -270,7 +270,7 @@ def fit_value(value, batch, settings, rate_factor, rng):
 # Which step makes g . step largest, if step . F step / 2 = delta? By Lagrange's method:
 # 1. The gradients of both by step are parallel there: g = mu F step, with a number mu > 0.
 # 2. So step = c x, where F x = g (x: the natural gradient). c^2 x . F x / 2 = delta gives c > 0.
-# But in directions that hardly change the KL, x may be huge, too far for Taylor's terms. Therefore
+# But in directions that hardly change the KL, step may be long, too far for Taylor's terms. So
 # F + damping * identity replaces F. As a large F cannot be stored, only products F v are computed.
 def jacobian_vector_product(policy, activations, vector):
     """J v [B, K]: how each state's logits z change if theta changes by a small v. J = dz/dtheta."""
@@ -292,13 +292,14 @@ def fisher_vector_product(policy, activations, probs, vector):
     d_logits = jacobian_vector_product(policy, activations, vector)  # J v
     mean_change = (probs * d_logits).sum(axis=1, keepdims=True)  # p^T J v
     d_probs = probs * (d_logits - mean_change)  # (diag(p) - p p^T) J v
-    return backward(policy, activations, d_probs / len(probs))  # chain rule: times J^T, added up
+    # `backward` is the chain rule: for any rows, it multiplies each by J^T and adds them up.
+    return backward(policy, activations, d_probs / len(probs))
 
 
 def conjugate_gradient(product, b, iterations):
     """Solve M x = b from product(v) = M v (Nocedal & Wright 2006, section 5.1). M is symmetric,
     v . M v > 0. So f(x) = b . x - x . M x / 2 is a hill; on its top, its gradient b - M x is 0.
-    Climb it from x = 0. As no step undoes an earlier one, a few get near the top."""
+    Climb it from x = 0: by a theorem, no step undoes earlier ones. Often, a few get near."""
     x = np.zeros_like(b)
     residual = b  # b - M x, the gradient
     direction = b
@@ -341,7 +342,6 @@ def line_search(policy, full_step, batch, settings):
 def update_policy(policy, batch, settings, rate_factor, rng):
     """The step c x, then the line search. (rate_factor and rng are not needed here.)"""
     _, activations = forward(policy, batch.states)
-    # gradient of ratio = ratio * gradient of log pi, and at theta_old, ratio = 1.
     g = policy_gradient(policy, activations, batch.log_probs_old, batch.actions, batch.advantages)
     probs = np.exp(batch.log_probs_old)
 

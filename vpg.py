@@ -12,9 +12,9 @@ and leaves its average as it is: gradient of log pi is (gradient of pi) / pi, so
 VPG leaves gamma^t out, as is usual: late steps would hardly count. (So it does not quite follow the
 gradient.) It replaces return - V(s) by Â (see `gae`). Both estimate the advantage A(s, a): how
 much more the mean return is if a comes first and then pi plays on. A second network, `value`,
-learns V, for two uses. Subtracted, it does no harm on average, even where it is wrong: the 0 above
-holds for any function of s. In place of rewards (all after the batch, and more: see `gae`), it
-makes Â less noisy, but its errors make g wrong, even on average.
+estimates V, for two uses. (1) Subtracted: where it is wrong, g stays right on average, as the 0
+above holds for any function of s. (2) In place of rewards that Â leaves out, such as those after
+the batch: less noise, but where it is wrong, g is, too, even on average.
 
     repeat:  play a batch of steps with the policy                    (section 4)
              estimate Â; targets: Â + value(s); normalize Â           (section 5)
@@ -47,7 +47,7 @@ class Settings:
     num_envs: int = option(16, "environments that run side by side", low=1)
     horizon: int = option(48, "steps of each environment in a batch, resets included", low=2)
     gamma: float = option(0.99, "discount factor", high=1)
-    gae_lambda: float = option(0.99, "GAE: 0 trusts `value` after a reward, 1 all rewards", high=1)
+    gae_lambda: float = option(0.99, "GAE: 0 is one reward, then `value`; 1 all rewards", high=1)
     hidden: int = option(64, "units in the hidden layer", low=1)
     value_learning_rate: float = option(2e-2, "learning rate of `value`; falls to 0", high=1000)
     value_epochs: int = option(4, "passes over each batch to fit `value`")
@@ -211,8 +211,8 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
         1 reward:   error_t                                            weight  1 - lambda
         2 rewards:  error_t + gamma error_{t+1}                        weight (1 - lambda) lambda
         3 rewards:  error_t + gamma error_{t+1} + gamma^2 error_{t+2}  weight (1 - lambda) lambda^2
-    and so on; the longest, to the end of episode or batch, gets the rest of the weight. error_{t+1}
-    is in all but the first: its weights add up to 1 - (1 - lambda) = lambda; error_{t+2}: lambda^2.
+    and so on; the longest, to the end of episode or batch, gets the rest, so that the sum is 1. All
+    with error_{t+1} together weigh 1 - (1 - lambda) = lambda, all with error_{t+2} lambda^2. So
         Â_t = error_t + gamma lambda error_{t+1} + (gamma lambda)^2 error_{t+2} + ...
             = error_t + gamma lambda Â_{t+1}."""
     # Terminated: nothing more is earned. Truncated: `value` says what would have been earned.
@@ -241,8 +241,8 @@ def collect(experience, policy, value, settings, rng):
     batch.actions = actions[real]
     batch.values = values[:-1][real]  # only for `report`
     batch.targets = targets[real]
-    # Normalize Â, as is customary. Subtracting the mean is like one more baseline. If `adam` moves
-    # the policy, dividing keeps a batch of large Â from outweighing others in its running means.
+    # Normalize Â, as is customary: minus its mean, which is like one more baseline, and divided by
+    # its standard deviation, so that it is of the same size in each batch. (1e-8: never 0 / 0)
     advantages = advantages[real]
     batch.advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     logits, _ = forward(policy, batch.states)
