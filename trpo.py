@@ -212,8 +212,9 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
         1 reward:   error_t                                            weight  1 - lambda
         2 rewards:  error_t + gamma error_{t+1}                        weight (1 - lambda) lambda
         3 rewards:  error_t + gamma error_{t+1} + gamma^2 error_{t+2}  weight (1 - lambda) lambda^2
-    and so on; the longest, to the end of episode or batch, gets the rest, so that the sum is 1. All
-    with error_{t+1} together weigh 1 - (1 - lambda) = lambda, all with error_{t+2} lambda^2. So
+    and so on; the longest, to the end of episode or batch, gets the rest of the weight: 1 in all.
+    error_{t+1} is in all but the first, which weigh 1 - (1 - lambda) = lambda together. error_{t+2}
+    is not in the second, either, which leaves lambda - (1 - lambda) lambda = lambda^2. So
         Â_t = error_t + gamma lambda error_{t+1} + (gamma lambda)^2 error_{t+2} + ...
             = error_t + gamma lambda Â_{t+1}."""
     # Terminated: nothing more is earned. Truncated: `value` says what would have been earned.
@@ -242,8 +243,7 @@ def collect(experience, policy, value, settings, rng):
     batch.actions = actions[real]
     batch.values = values[:-1][real]  # only for `report`
     batch.targets = targets[real]
-    # Normalize Â, as is customary: minus its mean, which is like one more baseline, and divided by
-    # its standard deviation, so that it is of the same size in each batch. (1e-8: never 0 / 0)
+    # Normalize Â, as is customary: mean 0 (like one more baseline), size 1 (batches count alike).
     advantages = advantages[real]
     batch.advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     logits, _ = forward(policy, batch.states)
