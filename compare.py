@@ -8,8 +8,7 @@ probabilities? A variant is a script with options. Luck decides much: each gets 
     python compare.py                                    vpg, trpo and ppo as they are
     python compare.py ppo "ppo --clip inf" --seeds 10    two variants, each with 10 seeds
     python compare.py compare.csv                        draw again what was trained
-    python compare.py compare.csv "ppo --clip 0.1"       train one more, and add it to compare.csv
-
+    python compare.py compare.csv "ppo --clip 0.1"       train one more, with the same --steps
 variants (section 1) -> runs, one per seed (2) -> CSV (3) -> table (4), picture (5): see README.md
 """
 
@@ -82,7 +81,7 @@ def check(options):
 
 def read_variant(text, options):
     """Check a variant. Return its labels, with which its rows begin, and a text that variants with
-    equal settings share. (Scripts need the functions that are called here and in `train_run`.)"""
+    equal settings share. Scripts must have `parse`, `make_env`, `initial_policy`, `train`."""
     script, *typed = text.split() or [""]  # "ppo --clip 0.1" -> "ppo" and ["--clip", "0.1"]
     script = script.removesuffix(".py")
     scripts = {path.stem for path in Path(__file__).parent.glob("*.py")} - {"compare", "test_smoke"}
@@ -156,7 +155,7 @@ def end_with_main_process():
 
 
 def train_run_in_process(labels, shared):
-    """A run in a process of its own, a pool of one. (If killed, it loses all runs of its pool.)"""
+    """A run, in a pool of its own: if a process is killed, its pool loses all runs that it has."""
     with ProcessPoolExecutor(1, get_context("spawn"), initializer=begin_process) as pool:
         try:
             return pool.submit(train_run, labels, shared).result()
@@ -252,9 +251,10 @@ def has_collapsed(run):
     threshold = float(run[0]["threshold"] or "inf")
     returns = column(run, "episode_return")[column(run, "episodes") >= 100]
     first = returns[0] if len(returns) else 0  # 0: no 100 episodes have ended
-    gain = np.maximum.accumulate(returns) - first  # the best until then - the first
-    is_enough = (gain > 0) & (gain >= abs(threshold - first) / 5)  # abs: first may be above
-    return bool((is_enough & (returns - first <= gain / 2)).any())
+    gain = returns - first
+    best = np.maximum.accumulate(gain)  # the best gain until then
+    is_enough = (best > 0) & (best >= abs(threshold - first) / 5)  # abs: first may be above
+    return bool((is_enough & (gain <= best / 2)).any())
 
 
 def interquartile_mean(values):
