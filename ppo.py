@@ -219,9 +219,9 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
         1 reward:   error_t                                            weight  1 - lambda
         2 rewards:  error_t + gamma error_{t+1}                        weight (1 - lambda) lambda
         3 rewards:  error_t + gamma error_{t+1} + gamma^2 error_{t+2}  weight (1 - lambda) lambda^2
-    and so on; the longest, to the end of episode or batch, gets the rest of the weight: 1 in all.
-    error_{t+1} is in all but the first, which weigh 1 - (1 - lambda) = lambda together. error_{t+2}
-    is not in the second, either, which leaves lambda - (1 - lambda) lambda = lambda^2. So
+    and so on. The longest, to the end of episode or batch, gets what is left: all add up to 1.
+    error_{t+1} is in all but the first: together these weigh 1 - (1 - lambda) = lambda. error_{t+2}
+    is not in the second, either: lambda - (1 - lambda) lambda = lambda^2 is left. So
         Â_t = error_t + gamma lambda error_{t+1} + (gamma lambda)^2 error_{t+2} + ...
             = error_t + gamma lambda Â_{t+1}."""
     # Terminated: nothing more is earned. Truncated: `value` says what would have been earned.
@@ -250,7 +250,7 @@ def collect(experience, policy, value, settings, rng):
     batch.actions = actions[real]
     batch.values = values[:-1][real]  # only for `report`
     batch.targets = targets[real]
-    # Normalize Â, as is customary: mean 0 (like one more baseline), size 1 (batches count alike).
+    # Normalize, as is customary: Â > 0 is now better than the batch's mean; its spread is always 1.
     advantages = advantages[real]
     batch.advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     logits, _ = forward(policy, batch.states)
@@ -355,7 +355,7 @@ def report(policy, theta_old, batch, experience):
 
 # --- 8. Evaluation and command line ---------------------------------------------------------------
 def evaluate(policy, env, rng, max_steps=1000):
-    """Play an episode in each environment (at most max_steps), always with the likeliest action."""
+    """Play max_steps, always with the likeliest actions. Sums of rewards [N] of first episodes."""
     states, _ = env.reset(seed=int(rng.integers(2**31)))
     returns = np.zeros(env.num_envs)
     running = np.ones(env.num_envs, bool)

@@ -212,9 +212,9 @@ def gae(rewards, values, terminated, truncated, gamma, gae_lambda):
         1 reward:   error_t                                            weight  1 - lambda
         2 rewards:  error_t + gamma error_{t+1}                        weight (1 - lambda) lambda
         3 rewards:  error_t + gamma error_{t+1} + gamma^2 error_{t+2}  weight (1 - lambda) lambda^2
-    and so on; the longest, to the end of episode or batch, gets the rest of the weight: 1 in all.
-    error_{t+1} is in all but the first, which weigh 1 - (1 - lambda) = lambda together. error_{t+2}
-    is not in the second, either, which leaves lambda - (1 - lambda) lambda = lambda^2. So
+    and so on. The longest, to the end of episode or batch, gets what is left: all add up to 1.
+    error_{t+1} is in all but the first: together these weigh 1 - (1 - lambda) = lambda. error_{t+2}
+    is not in the second, either: lambda - (1 - lambda) lambda = lambda^2 is left. So
         Â_t = error_t + gamma lambda error_{t+1} + (gamma lambda)^2 error_{t+2} + ...
             = error_t + gamma lambda Â_{t+1}."""
     # Terminated: nothing more is earned. Truncated: `value` says what would have been earned.
@@ -243,7 +243,7 @@ def collect(experience, policy, value, settings, rng):
     batch.actions = actions[real]
     batch.values = values[:-1][real]  # only for `report`
     batch.targets = targets[real]
-    # Normalize Â, as is customary: mean 0 (like one more baseline), size 1 (batches count alike).
+    # Normalize, as is customary: Â > 0 is now better than the batch's mean; its spread is always 1.
     advantages = advantages[real]
     batch.advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     logits, _ = forward(policy, batch.states)
@@ -269,9 +269,9 @@ def fit_value(value, batch, settings, rate_factor, rng):
 # (The KL has no linear term: at theta_old it is 0, its least value, so its gradient is 0.)
 # Which step makes g . step largest, if step . F step / 2 = delta? By Lagrange's method:
 # 1. The gradients of both by step are parallel there: g = mu F step, with a number mu > 0.
-# 2. So step = c x, where F x = g (x: the natural gradient). c^2 x . F x / 2 = delta gives c > 0.
+# 2. So step = c x, where F x = g (x: natural gradient), and c = sqrt(2 delta / (x . F x)).
 # But in directions that hardly change the KL, step may be long, too far for Taylor's terms. So
-# F + damping * identity replaces F. As a large F cannot be stored, only products F v are computed.
+# F + damping * identity replaces F. (F of a larger network cannot be stored. Products F v will do.)
 def jacobian_vector_product(policy, activations, vector):
     """J v [B, K]: how each state's logits z change if theta changes by a small v. J = dz/dtheta."""
     _, _, W2, _ = unflatten(policy.theta, policy.sizes)
@@ -405,7 +405,7 @@ def report(policy, theta_old, batch, experience):
 
 # --- 8. Evaluation and command line ---------------------------------------------------------------
 def evaluate(policy, env, rng, max_steps=1000):
-    """Play an episode in each environment (at most max_steps), always with the likeliest action."""
+    """Play max_steps, always with the likeliest actions. Sums of rewards [N] of first episodes."""
     states, _ = env.reset(seed=int(rng.integers(2**31)))
     returns = np.zeros(env.num_envs)
     running = np.ones(env.num_envs, bool)
