@@ -155,7 +155,8 @@ def end_with_main_process():
 
 
 def train_run_in_process(labels, shared):
-    """A run, in a pool of its own: if a process is killed, its pool loses all runs that it has."""
+    """A run in a process of its own (spawn: a new Python, which imports this file again). It is the
+    only one of its pool: a pool breaks if a process is killed, and all its runs would be lost."""
     with ProcessPoolExecutor(1, get_context("spawn"), initializer=begin_process) as pool:
         try:
             return pool.submit(train_run, labels, shared).result()
@@ -164,8 +165,7 @@ def train_run_in_process(labels, shared):
 
 
 def train_runs(variants, options):
-    """Generator: the rows of each run, as soon as it has ended. Each of --jobs threads waits for
-    the process of one run, then goes on with the next run."""
+    """Generator: the rows of each run, when it ends. Each of --jobs threads waits for a process."""
     with ThreadPoolExecutor(options.jobs) as threads:
         futures = []
         for number in range(options.seeds):
@@ -351,7 +351,7 @@ def label_axes(panels, rows):
     """Titles, axes and units of the curves, and lines to read them against."""
     steps = {"xlabel": f"thousand steps in {rows[0]['env']}", "xlim": (0, None)}
     panels["return"].set(title="Mean return: median, middle half of runs (line: solved)", **steps)
-    panels["kl"].set(title="KL of an update: median, middle half of runs", **steps)
+    panels["kl"].set(title="KL per update: median, middle half of runs", **steps)
     panels["return"].legend(loc="lower center", bbox_to_anchor=(0.5, 1.1), ncols=2, handlelength=4)
     panels["return"].axhline(float(rows[0]["threshold"] or "nan"), color="0.3")  # nan: no line
     highest = max(0.1, 2 * max(column(rows, "kl")))

@@ -7,11 +7,11 @@ REINFORCE with a baseline moves theta along g = mean of Â * gradient of log pi:
 actions of the present policy. How to take more? Let pi, with other weights theta, choose the action
 in s, and pi_old all later ones. This adds to V(s)
     sum_a pi(a|s) A(s, a)  =  sum_a pi_old(a|s) * ratio * A(s, a),    ratio = pi(a|s) / pi_old(a|s).
-pi_old has drawn the batch's actions, so the batch's mean of ratio * Â estimates this sum, averaged
-over its states. The gradient of this mean is the mean of Â * ratio * gradient of log pi: at
-theta_old, where ratio = 1, it is g. But if pi chooses every action, it comes to other states. Then
-the mean may rise while the return falls, unless pi acts nearly as pi_old. So PPO takes away what a
-ratio would gain far from 1, and maximizes
+pi_old has drawn the batch's actions. So the batch's mean of ratio * Â estimates this sum, averaged
+over states. As gradient of pi = pi * gradient of log pi, its gradient is the mean of Â * ratio *
+gradient of log pi: at theta_old, where ratio = 1, it is g. But if pi chooses every action, it comes
+to other states: the less it acts like pi_old, the less the mean says about its return. So PPO takes
+away what a ratio would gain far from 1, and maximizes
 
     L(theta)  =  mean over the batch of  min( ratio * Â,  clipped ratio * Â )           (equation 7)
 where the clipped ratio is the ratio, but at least 1 - clip and at most 1 + clip:
@@ -250,7 +250,7 @@ def collect(experience, policy, value, settings, rng):
     batch.actions = actions[real]
     batch.values = values[:-1][real]  # only for `report`
     batch.targets = targets[real]
-    # Normalize, as is customary: Â > 0 is now better than the batch's mean; its spread is always 1.
+    # Normalize, as is customary: mean 0 is like one more baseline; spread 1 hardly changes a step.
     advantages = advantages[real]
     batch.advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     logits, _ = forward(policy, batch.states)

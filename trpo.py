@@ -6,10 +6,10 @@ pi_old plays on. Â estimates A (see `gae`).
 REINFORCE with a baseline moves theta along g = mean of Â * gradient of log pi. But how far? Let pi,
 with other weights theta, choose the action in s, and pi_old all later ones. This adds to V(s)
     sum_a pi(a|s) A(s, a)  =  sum_a pi_old(a|s) * ratio * A(s, a),    ratio = pi(a|s) / pi_old(a|s).
-pi_old has drawn the batch's actions, so the batch's mean of ratio * Â estimates this sum, averaged
-over its states. The gradient of this mean is the mean of Â * ratio * gradient of log pi: at
-theta_old, where ratio = 1, it is g. But if pi chooses every action, it comes to other states. Then
-the mean may rise while the return falls, unless pi acts nearly as pi_old. So TRPO will
+pi_old has drawn the batch's actions. So the batch's mean of ratio * Â estimates this sum, averaged
+over states. As gradient of pi = pi * gradient of log pi, its gradient is the mean of Â * ratio *
+gradient of log pi: at theta_old, where ratio = 1, it is g. But if pi chooses every action, it comes
+to other states: the less it acts like pi_old, the less the mean says about its return. So TRPO will
     maximize    the surrogate L(theta): the batch's mean of ratio * Â
     subject to  mean over the batch's states of  KL = sum_a pi_old log(pi_old / pi)  <=  delta.
 
@@ -243,7 +243,7 @@ def collect(experience, policy, value, settings, rng):
     batch.actions = actions[real]
     batch.values = values[:-1][real]  # only for `report`
     batch.targets = targets[real]
-    # Normalize, as is customary: Â > 0 is now better than the batch's mean; its spread is always 1.
+    # Normalize, as is customary: mean 0 is like one more baseline; spread 1 hardly changes a step.
     advantages = advantages[real]
     batch.advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     logits, _ = forward(policy, batch.states)
@@ -287,8 +287,8 @@ def fisher_vector_product(policy, activations, probs, vector):
     1. KL = const - sum_k p_old_k log p_k, with log p_k = z_k - log sum_j exp(z_j).
     2. So dKL/dz_k = p_k - p_old_k (the p_old_k add up to 1). At theta_old this is 0.
     3. The second derivatives are dp_k/dz_j = p_k (1 if j = k, else 0) - p_k p_j.
-    4. So if z changes by a small u, KL ≈ u . (diag(p) - p p^T) u / 2. Here u = J step + terms of
-       higher order, which add nothing, as dKL/dz = 0. So F is a mean of J^T (diag(p) - p p^T) J."""
+    4. As a matrix, this is C = diag(p) - p p^T. So a small change u of z gives KL ≈ u . C u / 2.
+    5. u = J step + terms in step^2, which do not count, as dKL/dz = 0. So F = mean of J^T C J."""
     d_logits = jacobian_vector_product(policy, activations, vector)  # J v
     mean_change = (probs * d_logits).sum(axis=1, keepdims=True)  # p^T J v
     d_probs = probs * (d_logits - mean_change)  # (diag(p) - p p^T) J v
@@ -312,9 +312,9 @@ def conjugate_gradient(product, b, iterations):
         alpha = (residual @ direction) / curvature
         x = x + alpha * direction
         residual = residual - alpha * M_direction
-        # The next direction d must not undo this step. A move t along d changes residual by -t M d.
-        # So residual . direction stays 0 if direction . M d = 0, or, as M is symmetric and
-        # d = residual + beta * direction, if residual . M_direction + beta * curvature = 0.
+        # Next, go along d = residual + beta * direction. It changes residual by a multiple of M d.
+        # So residual . direction stays 0 if direction . M d = 0. As M is symmetric, this means
+        # residual . M_direction + beta * curvature = 0.
         beta = -(residual @ M_direction) / curvature
         direction = residual + beta * direction
     return x

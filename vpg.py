@@ -242,7 +242,7 @@ def collect(experience, policy, value, settings, rng):
     batch.actions = actions[real]
     batch.values = values[:-1][real]  # only for `report`
     batch.targets = targets[real]
-    # Normalize, as is customary: Â > 0 is now better than the batch's mean; its spread is always 1.
+    # Normalize, as is customary: mean 0 is like one more baseline; spread 1 hardly changes a step.
     advantages = advantages[real]
     batch.advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     logits, _ = forward(policy, batch.states)
