@@ -82,8 +82,7 @@ class Network:
         # A sum of D random numbers of size 1 has about the size sqrt(D). Dividing keeps it at 1.
         W1 = rng.standard_normal((D, H)) / np.sqrt(D)
         W2 = rng.standard_normal((H, K)) / np.sqrt(H) * last_gain
-        # All parameters are one vector, so that an update is a sum of vectors: theta + step.
-        parts = [W1.ravel(), np.zeros(H), W2.ravel(), np.zeros(K)]  # in the order of `unflatten`
+        parts = [W1.ravel(), np.zeros(H), W2.ravel(), np.zeros(K)]  # one vector: see `unflatten`
         self.theta = np.concatenate(parts).astype(np.float32)  # [P]
         self.adam_m = np.zeros_like(self.theta)  # what `adam` remembers from step to step
         self.adam_v = np.zeros_like(self.theta)
@@ -250,7 +249,8 @@ def collect(experience, policy, value, settings, rng):
     batch.actions = actions[real]
     batch.values = values[:-1][real]  # only for `report`
     batch.targets = targets[real]
-    # Normalize, as is customary: mean 0 is like one more baseline; spread 1 hardly changes a step.
+    # Normalize Â, as is customary. Mean 0: nearly one more baseline, though signs may flip. Spread 1:
+    # batches weigh alike in the means of `adam`. (The step of trpo.py is the same without spread 1.)
     advantages = advantages[real]
     batch.advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     logits, _ = forward(policy, batch.states)
