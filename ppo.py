@@ -249,8 +249,8 @@ def collect(experience, policy, value, settings, rng):
     batch.actions = actions[real]
     batch.values = values[:-1][real]  # only for `report`
     batch.targets = targets[real]
-    # Normalize Â, as is customary. Mean 0: nearly one more baseline, though signs may flip. Spread 1:
-    # batches weigh alike in the means of `adam`. (The step of trpo.py is the same without spread 1.)
+    # Normalize Â, as is customary. Mean 0: nearly one more baseline, but signs may flip. Spread 1:
+    # batches weigh alike in the means of `adam`. (A step of trpo.py is the same without spread 1.)
     advantages = advantages[real]
     batch.advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     logits, _ = forward(policy, batch.states)
