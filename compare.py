@@ -15,7 +15,7 @@ variants (section 1) -> runs, one per seed (2) -> CSV (3) -> table (4), picture 
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before NumPy: a thread for each run is enough
-os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")  # says nothing after Ctrl-C
+os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")  # else it warns after Ctrl-C
 import argparse
 import csv
 import signal
@@ -34,10 +34,9 @@ from pathlib import Path
 
 import numpy as np
 
-# update: its number; it is all that is done with one batch. steps, episodes, seconds: since the run
-# began. episode_return: mean return of the last 100 episodes (of fewer, until there are 100).
-# kl: sum_a pi_old(a|s) log(pi_old(a|s) / pi_new(a|s)), mean over a batch's states; 0 if the policy
-# acts as before it. step_norm: length of the update's change of theta, a vector of all weights.
+# update: all that is done with one batch, numbered from 1. steps, episodes, seconds: since the run
+# began. episode_return: mean of the last 100 returns. kl: sum_a pi_old log(pi_old / pi_new), a mean
+# over the batch's states; 0: no change. step_norm: length of the change of theta, all weights.
 NUMBERS = ["update", "steps", "episodes", "episode_return", "kl", "step_norm", "seconds"]
 
 
@@ -56,12 +55,14 @@ def parse(argv=None):
     parser.add_argument("--steps", help="environment steps of each run (default: the script's)")
     parser.add_argument("--env", help="Gymnasium environment (default: the script's)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
-    parser.add_argument("--out", type=Path, default=Path("compare.png"), help="picture")
+    parser.add_argument("--out", type=Path, help="picture (default: compare.png, or as one .csv)")
     options = parser.parse_intermixed_args(argv)
     options.files = [Path(text) for text in options.variants if text.endswith(".csv")]
     options.variants = [text for text in options.variants if not text.endswith(".csv")]
     shared = {"--steps": options.steps, "--env": options.env}  # options for every script
     options.shared = [f"{name}={value}" for name, value in shared.items() if value is not None]
+    data = options.files[0] if len(options.files) == 1 else Path("compare.csv")
+    options.out = options.out or data.with_suffix(".png")
     options.csv = options.out.with_suffix(".csv")  # for what is trained: it lies beside the picture
     return options
 
@@ -70,7 +71,8 @@ def check(options):
     """Refuse now, and not only after hours of training, what cannot be trained or written."""
     if options.seeds < 1 or options.jobs < 1:
         refuse("--seeds and --jobs must be at least 1")
-    if options.out.suffix.lower() not in (".png", ".svg", ".pdf") or options.csv.is_dir():
+    folders = [path for path in (options.out, options.csv) if path.is_dir()]
+    if folders or options.out.suffix.lower() not in (".png", ".svg", ".pdf"):
         refuse(f"{options.out} must be a file (.png, .svg or .pdf), and {options.csv} one, too")
     try:
         tempfile.TemporaryFile(dir=options.out.parent).close()
@@ -98,8 +100,7 @@ def read_variant(text, options):
     spec = module.make_env(settings, 1).spec  # has its id, and the return that counts as solved
     labels = {"variant": " ".join([script, *typed]), "env": spec.id}
     labels["threshold"] = "" if spec.reward_threshold is None else str(spec.reward_threshold)
-    identity = f"{script} {settings}"
-    return labels | {"seed": str(settings.seed)}, identity
+    return labels | {"seed": str(settings.seed)}, f"{script} {settings}"
 
 
 def read_variants(options, rows):
@@ -155,8 +156,7 @@ def end_with_main_process():
 
 
 def train_run_in_process(labels, shared):
-    """A run in a process of its own (spawn: a new Python, which imports this file again). It is the
-    only one of its pool: a pool breaks if a process is killed, and all its runs would be lost."""
+    """A run in a new Python process, alone in its pool: a pool breaks if a process is killed."""
     with ProcessPoolExecutor(1, get_context("spawn"), initializer=begin_process) as pool:
         try:
             return pool.submit(train_run, labels, shared).result()
@@ -240,7 +240,7 @@ def column(rows, name):
 
 # --- 4. Table -------------------------------------------------------------------------------------
 def solved_after(run):
-    """After how many updates the mean of 100 episodes first, if only once, is at the threshold."""
+    """After how many updates the mean of 100 episodes first is at the threshold. None if never."""
     threshold = float(run[0]["threshold"] or "inf")  # some environments have none
     solved = (column(run, "episodes") >= 100) & (column(run, "episode_return") >= threshold)
     return int(np.argmax(solved)) + 1 if solved.any() else None  # argmax: where the first True is
@@ -258,7 +258,7 @@ def has_collapsed(run):
 
 
 def interquartile_mean(values):
-    """The mean of the middle half: of 20 values, without the 5 lowest and the 5 highest."""
+    """The mean without the lowest and the highest quarter, rounded down: of 5, 1 at each end."""
     quarter = len(values) // 4
     return np.mean(np.sort(values)[quarter : len(values) - quarter])
 
@@ -348,7 +348,7 @@ def draw_curve(axis, rows, name, style):
 
 
 def label_axes(panels, rows):
-    """Titles, axes and units of the curves, and lines to read them against."""
+    """Titles, axes and units of the panels, and a line at the threshold."""
     steps = {"xlabel": f"thousand steps in {rows[0]['env']}", "xlim": (0, None)}
     panels["return"].set(title="Mean return: median, middle half of runs (line: solved)", **steps)
     panels["kl"].set(title="KL per update: median, middle half of runs", **steps)
@@ -360,7 +360,7 @@ def label_axes(panels, rows):
 
 
 def mark_slice(axis, step_norms, kl):
-    """How unequal is the KL of updates (of all variants) that change theta nearly equally?"""
+    """Mark updates (of all variants) that change theta nearly equally, and how their KL differs."""
     axis.set_title("Do equal changes of θ change behavior equally?")
     axis.set(xlim=(1e-4, max(10, max(step_norms))), xscale="log", xlabel="step_norm: ‖Δθ‖")
     visible = kl > SMALL  # the panel shows no others

@@ -49,7 +49,7 @@ class Settings:
     value_epochs: int = option(4, "passes over each batch to fit `value`")
     minibatches: int = option(4, "parts into which each pass splits the batch", low=1)
     watch: bool = option(False, "in the end, show the policy in a window")
-    delta: float = option(0.01, "largest mean KL of an update, in nats", low=1e-12, high=1e6)
+    delta: float = option(0.01, "trust region: largest mean KL, in nats", low=1e-12, high=1e6)
     damping: float = option(0.03, "multiple of the identity added to the Fisher matrix", high=1000)
     cg_iterations: int = option(5, "conjugate gradient iterations", low=1)
     line_search: bool = option(True, "shorten a step until KL <= delta and L has grown")
@@ -75,8 +75,8 @@ class Network:
         # A sum of D random numbers of size 1 has about the size sqrt(D). Dividing keeps it at 1.
         W1 = rng.standard_normal((D, H)) / np.sqrt(D)
         W2 = rng.standard_normal((H, K)) / np.sqrt(H) * last_gain
-        parts = [W1.ravel(), np.zeros(H), W2.ravel(), np.zeros(K)]  # one vector: see `unflatten`
-        self.theta = np.concatenate(parts).astype(np.float32)  # [P]
+        parts = [W1.ravel(), np.zeros(H), W2.ravel(), np.zeros(K)]  # in the order of `unflatten`
+        self.theta = np.concatenate(parts).astype(np.float32)  # [P]: an update is theta + step
         self.adam_m = np.zeros_like(self.theta)  # what `adam` remembers from step to step
         self.adam_v = np.zeros_like(self.theta)
         self.adam_steps = 0
@@ -99,7 +99,7 @@ def forward(network, inputs):
 
 
 def backward(network, activations, grad_outputs):
-    """dy/dtheta [P] of a number y that depends on the outputs, from grad_outputs = dy/doutputs."""
+    """dy/dtheta [P] of a number y, by the chain rule, from grad_outputs = dy/doutputs [B, K]."""
     _, _, W2, _ = unflatten(network.theta, network.sizes)
     inputs, hidden = activations
     # Differentiate outputs[i, k] = sum_h hidden[i, h] * W2[h, k] + b2[k]:
@@ -127,7 +127,7 @@ def adam(network, gradient, learning_rate):
 
 # --- 3. Policy ------------------------------------------------------------------------------------
 def log_softmax(logits):
-    """The policy: pi(a|s) = exp(z_a) / sum_j exp(z_j) of logits z, any numbers. Returns log pi."""
+    """log pi(a|s) [B, K] of logits z, any numbers: pi(a|s) = exp(z_a) / sum_j exp(z_j)."""
     return logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)  # log sum_j exp, no overflow
 
 
@@ -137,7 +137,8 @@ def sample_actions(policy, states, rng):
     logits, _ = forward(policy, states)
     ends = np.exp(log_softmax(logits)).cumsum(axis=1)  # [N, K]
     points = rng.random((len(states), 1))
-    return (points >= ends[:, :-1]).sum(axis=1)  # the last end, 1 but for rounding, does not count
+    # The last end is left out: rounded below 1, it could give action K, which does not exist.
+    return (points >= ends[:, :-1]).sum(axis=1)
 
 
 def kl(log_probs_old, log_probs_new):
@@ -174,9 +175,8 @@ def make_env(settings, num_envs, **options):
 
 class Experience:
     def __init__(self, settings, rng):
-        """Environments side by side, whose episodes go on from batch to batch."""
+        """Environments side by side. Episodes go on from batch to batch; a wrapper counts them."""
         env = make_env(settings, settings.num_envs)
-        # A wrapper that also counts the episodes and keeps the last 100 returns, for `report`:
         self.env = gym.wrappers.vector.RecordEpisodeStatistics(env, buffer_length=100)
         self.states, _ = self.env.reset(seed=int(rng.integers(2**31)))  # [N, D]
         self.resetting = np.zeros(settings.num_envs, bool)  # [N], True where the next step resets
@@ -292,14 +292,13 @@ def fisher_vector_product(policy, activations, probs, vector):
     d_logits = jacobian_vector_product(policy, activations, vector)  # J v
     mean_change = (probs * d_logits).sum(axis=1, keepdims=True)  # p^T J v
     d_probs = probs * (d_logits - mean_change)  # (diag(p) - p p^T) J v
-    # `backward` is the chain rule: for any rows, it multiplies each by J^T and adds them up.
-    return backward(policy, activations, d_probs / len(probs))
+    return backward(policy, activations, d_probs / len(probs))  # chain rule: sum of J^T times rows
 
 
 def conjugate_gradient(product, b, iterations):
     """Solve M x = b from product(v) = M v (Nocedal & Wright 2006, section 5.1). M is symmetric,
-    v . M v > 0. So f(x) = b . x - x . M x / 2 is a hill; on its top, its gradient b - M x is 0.
-    Climb it from x = 0: by a theorem, no step undoes earlier ones. Often, a few get near."""
+    v . M v > 0 (if damping > 0). So f(x) = b . x - x . M x / 2 is a hill; on its top, its gradient
+    b - M x is 0. Climb it from x = 0. By a theorem, no step undoes earlier ones: few get near."""
     x = np.zeros_like(b)
     residual = b  # b - M x, the gradient
     direction = b
@@ -342,6 +341,7 @@ def line_search(policy, full_step, batch, settings):
 def update_policy(policy, batch, settings, rate_factor, rng):
     """The step c x, then the line search. (rate_factor and rng are not needed here.)"""
     _, activations = forward(policy, batch.states)
+    # The gradient of a ratio is ratio * gradient of log pi, and at theta_old every ratio is 1.
     g = policy_gradient(policy, activations, batch.log_probs_old, batch.actions, batch.advantages)
     probs = np.exp(batch.log_probs_old)
 
@@ -392,7 +392,7 @@ def report(policy, theta_old, batch, experience):
     returns = experience.env.return_queue  # of the last 100 episodes
     entropies = -(np.exp(batch.log_probs_old) * batch.log_probs_old).sum(axis=1)  # [B], in nats
     variance = float(batch.targets.var())
-    unexplained = float((batch.targets - batch.values).var())  # 0: off by at most a constant
+    unexplained = float((batch.targets - batch.values).var())  # 0: right up to a constant
     return {
         "episodes": int(experience.env.episode_count),
         "episode_return": float(np.mean(returns)) if returns else np.nan,
@@ -405,7 +405,7 @@ def report(policy, theta_old, batch, experience):
 
 # --- 8. Evaluation and command line ---------------------------------------------------------------
 def evaluate(policy, env, rng, max_steps=1000):
-    """Play max_steps, always with the likeliest actions. Sums of rewards [N] of first episodes."""
+    """Sums of rewards [N] in the first episodes, by the likeliest actions, in at most max_steps."""
     states, _ = env.reset(seed=int(rng.integers(2**31)))
     returns = np.zeros(env.num_envs)
     running = np.ones(env.num_envs, bool)

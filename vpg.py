@@ -74,8 +74,8 @@ class Network:
         # A sum of D random numbers of size 1 has about the size sqrt(D). Dividing keeps it at 1.
         W1 = rng.standard_normal((D, H)) / np.sqrt(D)
         W2 = rng.standard_normal((H, K)) / np.sqrt(H) * last_gain
-        parts = [W1.ravel(), np.zeros(H), W2.ravel(), np.zeros(K)]  # one vector: see `unflatten`
-        self.theta = np.concatenate(parts).astype(np.float32)  # [P]
+        parts = [W1.ravel(), np.zeros(H), W2.ravel(), np.zeros(K)]  # in the order of `unflatten`
+        self.theta = np.concatenate(parts).astype(np.float32)  # [P]: an update is theta + step
         self.adam_m = np.zeros_like(self.theta)  # what `adam` remembers from step to step
         self.adam_v = np.zeros_like(self.theta)
         self.adam_steps = 0
@@ -98,7 +98,7 @@ def forward(network, inputs):
 
 
 def backward(network, activations, grad_outputs):
-    """dy/dtheta [P] of a number y that depends on the outputs, from grad_outputs = dy/doutputs."""
+    """dy/dtheta [P] of a number y, by the chain rule, from grad_outputs = dy/doutputs [B, K]."""
     _, _, W2, _ = unflatten(network.theta, network.sizes)
     inputs, hidden = activations
     # Differentiate outputs[i, k] = sum_h hidden[i, h] * W2[h, k] + b2[k]:
@@ -126,7 +126,7 @@ def adam(network, gradient, learning_rate):
 
 # --- 3. Policy ------------------------------------------------------------------------------------
 def log_softmax(logits):
-    """The policy: pi(a|s) = exp(z_a) / sum_j exp(z_j) of logits z, any numbers. Returns log pi."""
+    """log pi(a|s) [B, K] of logits z, any numbers: pi(a|s) = exp(z_a) / sum_j exp(z_j)."""
     return logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)  # log sum_j exp, no overflow
 
 
@@ -136,7 +136,8 @@ def sample_actions(policy, states, rng):
     logits, _ = forward(policy, states)
     ends = np.exp(log_softmax(logits)).cumsum(axis=1)  # [N, K]
     points = rng.random((len(states), 1))
-    return (points >= ends[:, :-1]).sum(axis=1)  # the last end, 1 but for rounding, does not count
+    # The last end is left out: rounded below 1, it could give action K, which does not exist.
+    return (points >= ends[:, :-1]).sum(axis=1)
 
 
 def kl(log_probs_old, log_probs_new):
@@ -173,9 +174,8 @@ def make_env(settings, num_envs, **options):
 
 class Experience:
     def __init__(self, settings, rng):
-        """Environments side by side, whose episodes go on from batch to batch."""
+        """Environments side by side. Episodes go on from batch to batch; a wrapper counts them."""
         env = make_env(settings, settings.num_envs)
-        # A wrapper that also counts the episodes and keeps the last 100 returns, for `report`:
         self.env = gym.wrappers.vector.RecordEpisodeStatistics(env, buffer_length=100)
         self.states, _ = self.env.reset(seed=int(rng.integers(2**31)))  # [N, D]
         self.resetting = np.zeros(settings.num_envs, bool)  # [N], True where the next step resets
@@ -307,7 +307,7 @@ def report(policy, theta_old, batch, experience):
     returns = experience.env.return_queue  # of the last 100 episodes
     entropies = -(np.exp(batch.log_probs_old) * batch.log_probs_old).sum(axis=1)  # [B], in nats
     variance = float(batch.targets.var())
-    unexplained = float((batch.targets - batch.values).var())  # 0: off by at most a constant
+    unexplained = float((batch.targets - batch.values).var())  # 0: right up to a constant
     return {
         "episodes": int(experience.env.episode_count),
         "episode_return": float(np.mean(returns)) if returns else np.nan,
@@ -320,7 +320,7 @@ def report(policy, theta_old, batch, experience):
 
 # --- 8. Evaluation and command line ---------------------------------------------------------------
 def evaluate(policy, env, rng, max_steps=1000):
-    """Play max_steps, always with the likeliest actions. Sums of rewards [N] of first episodes."""
+    """Sums of rewards [N] in the first episodes, by the likeliest actions, in at most max_steps."""
     states, _ = env.reset(seed=int(rng.integers(2**31)))
     returns = np.zeros(env.num_envs)
     running = np.ones(env.num_envs, bool)

@@ -138,7 +138,7 @@ def test_several_files(lab):
     assert (status, table) == (0, lab("compare.csv")[1]) and len(figures(table)) == 2
     Path("1.csv").write_text(content.replace("CartPole", "Other"))
     assert lab("0.csv", "1.csv")[0] == 2 and lab("0.csv", "0.csv")[0] == 2
-    assert lab("0.csv", "--out", "0.svg")[0] == 0 and Path("0.svg").exists()
+    assert lab("0.csv")[0] == 0 and Path("0.png").exists()
 
 
 def test_drawing_again_and_adding(lab):
